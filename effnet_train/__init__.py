@@ -1,0 +1,3 @@
+"""Train and evaluate EfficientNets end to end."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,157 @@
+"""What a network costs: parameters, multiply-adds, activations, memory of a training step; all without computing."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hold what one part of a network costs an image; `activations` are the elements that convolutions put out."""
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Hold what a network costs an image, as a whole and by its parts in order."""
+
+    parameters: int
+    multiply_adds: int
+    activations: int
+    parts: tuple[Cost, ...]
+
+
+def complexity(model: nn.Module, resolution: int) -> Complexity:
+    """Count what `model` costs an image of `resolution` pixels a side, from its own forward pass.
+
+    Nothing is computed and `model` is not touched: the pass runs on the meta device. Multiply-adds are those of
+    convolutions and matrix products, which the paper calls FLOPS. The parts are the model's children, and one by one
+    the children of `stages`.
+    """
+    parts = dict(_parts(model))
+    activations = dict.fromkeys(parts, 0)
+
+    def counts(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            activations[name] += output.numel()
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(counts(name))
+        for name, part in parts.items()
+        for module in part.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    counter = FlopCounterMode(display=False)
+    try:
+        with _mode(model, training=False), torch.no_grad(), counter:
+            functional_call(model, _meta_state(model), torch.empty(1, 3, resolution, resolution, device="meta"))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    costs = tuple(
+        Cost(name, _count(part), flops.get(f"{root}.{name}", 0) // 2, activations[name]) for name, part in parts.items()
+    )
+    return Complexity(_count(model), counter.get_total_flops() // 2, sum(activations.values()), costs)
+
+
+def training_memory(model: nn.Module, resolution: int, batch_size: int, *, activation_bytes: int = 4) -> int:
+    """Estimate the bytes that training takes on one device, with a batch of `batch_size` images there.
+
+    That is weights, gradients, two slots of the optimizer and the moving average in the weights' precision, and the
+    peak of everything else that is alive at once in a forward and a backward pass, at `activation_bytes` a number.
+    Checkpointing counts as it works. Left out: the libraries' work space and what an allocator wastes, and under
+    automatic mixed precision the weights' second copy.
+    """
+    live = _LiveNumbers()
+    state = _meta_state(model)
+    parameters = [state[name].requires_grad_() for name, _ in model.named_parameters()]
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(_forget_gradient)  # gradients are counted below
+    images = torch.empty(batch_size, 3, resolution, resolution, device="meta")
+    with _mode(model, training=True), live:
+        live.count(images)
+        functional_call(model, state, images).sum().backward()
+    weights = sum(tensor.nbytes for tensor in state.values() if tensor.is_floating_point())
+    trained = sum(parameter.nbytes for parameter in parameters)
+    return weights * 2 + trained * 3 + live.peak * activation_bytes
+
+
+class _LiveNumbers(TorchDispatchMode):
+    """Follow how many floating-point numbers the tensors made inside hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf.untyped_storage()) not in inputs:
+                self.count(leaf)
+        return outputs
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        numbers = storage.nbytes() // tensor.itemsize
+        self._seen.add(storage)
+        weakref.finalize(storage, self._forget, numbers)
+        self.now += numbers
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, numbers: int) -> None:
+        self.now -= numbers
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if name == "stages":
+            yield from ((f"{name}.{i}", stage) for i, stage in child.named_children())
+        else:
+            yield name, child
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _meta_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return stand-ins for parameters and buffers, which share nothing with them."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: torch.empty_like(tensor, device="meta", requires_grad=False) for name, tensor in tensors}
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

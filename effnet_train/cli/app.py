@@ -1,0 +1,132 @@
+"""What all commands share: Hydra's entry, and errors that say what to do."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+_PACKAGE = Path(__file__).parent.parent
+# In the wheel the configs lie inside the package, in a checkout beside it.
+CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+
+USER_ERROR_EXIT_CODE = 2
+
+
+def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """Return the entry point of the command whose root file is `configs/<config>.yaml`.
+
+    It raises SystemExit, with status 2 and a message on standard error, for everything that a user can mend.
+    """
+
+    def main() -> None:
+        # With this set Hydra raises its errors instead of printing them: we print them, with the closest names.
+        traceback_wanted = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(task)
+        try:
+            run()
+        except Exception as error:
+            text = user_message(error, config)
+            if text is None or traceback_wanted:
+                raise
+            fail(text)
+
+    return main
+
+
+def fail(text: str) -> None:
+    """Print `text` as this command's error and leave."""
+    rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+    print(f"{Path(sys.argv[0]).name}: {rank}error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(USER_ERROR_EXIT_CODE)
+
+
+def user_message(error: BaseException, config: str) -> str | None:
+    """Return what to tell a user of `error`, or None where it is our own mistake and wants a traceback."""
+    if isinstance(error, MissingConfigException):
+        return _closest_option(error)
+    if isinstance(error, ConfigCompositionException):
+        return _closest_key(str(error), config)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: give {error.full_key}=... on the command line"
+    if isinstance(error, InstantiationException):
+        return _instantiation(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return str(error).strip()
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return (
+            f"out of memory ({str(error).splitlines()[0]}). Raise accumulate= (same recipe, smaller pieces), set "
+            "model.checkpointing=true or precision=bf16, or lower batch_size= (the learning rate follows it)"
+        )
+    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+        return str(error)
+    if isinstance(error, RuntimeError) and "onnection closed by peer" in str(error):
+        return "another rank has left; its own message says why"
+    return None
+
+
+def _instantiation(error: InstantiationException) -> str | None:
+    cause = error.__cause__
+    where = re.search(r"full_key: (\S+)", str(error))
+    key = f" (in {where[1]})" if where else ""
+    if isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
+        return f"{cause}{key}: remove that key"
+    if isinstance(cause, ValueError | OSError | ImportError):
+        return f"{cause}{key}"
+    return None if cause is not None else str(error).strip()
+
+
+def _closest_option(error: MissingConfigException) -> str:
+    missing, options = error.missing_cfg_file or "", list(error.options or [])
+    group, _, choice = missing.rpartition("/")
+    close = difflib.get_close_matches(choice, options, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(f'{group}={name}' for name in close)}? " if close else ""
+    return f"{group}={choice} is not known: {hint}The choices are {', '.join(options)}"
+
+
+def _closest_key(text: str, config: str) -> str:
+    found = re.search(r"Could not override '([^']+)'", text)
+    if not found:
+        return text.strip()
+    key = found[1].split("@")[0]
+    names = _known_keys(config)
+    close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    if not close:  # a right leaf in a wrong place
+        leaf = key.rpartition(".")[2]
+        close = [name for name in names if name.rpartition(".")[2] == leaf][:3]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"--cfg job prints all keys; +{key}=... adds a new one"
+    return f"{key} is not a key of the configuration: {hint}"
+
+
+def _known_keys(config: str) -> list[str]:
+    """Return the groups and the dotted keys of the default configuration."""
+    groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose(config), resolve=False)
+    return groups + list(_flatten(composed))
+
+
+def _flatten(node: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    flat: dict[str, object] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differing_keys(one: object, other: object) -> dict[str, tuple[object, object]]:
+    """Return the dotted keys in which two plain configurations differ, with both values (None: absent)."""
+    left, right = _flatten(one), _flatten(other)
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    }

@@ -1,0 +1,163 @@
+"""From configuration to parts; no part receives the configuration."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from effnet_train.data.datasets import Data
+from effnet_train.distributed import Session
+from effnet_train.engine.checkpoint import Weights
+from effnet_train.engine.every import Every
+from effnet_train.engine.train import Plan
+from effnet_train.optim.param_groups import param_groups
+
+
+def build_data(cfg: DictConfig, session: Session) -> Data:
+    """Build the data set; rank 0 first, which may download or write it."""
+    with session.main_first():
+        return instantiate(cfg, _convert_="all")
+
+
+def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Module:
+    """Build the model of a configuration for `num_classes` classes."""
+    return instantiate(cfg, num_classes=num_classes, _convert_="all")
+
+
+def check_targets(config: Any, source: str) -> None:
+    """Refuse a configuration from a file that would build anything but this package's models and data.
+
+    Raises ValueError: what `_target_` names is called, so a hostile file must not choose it.
+    """
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if target is not None:
+            module, _, name = str(target).rpartition(".")
+            ours = module.startswith(("effnet_train.models.", "effnet_train.data."))
+            # Not only the prefix: a path can lead through a module to what that module imports.
+            if not ours or getattr(getattr(importlib.import_module(module), name, None), "__module__", "") != module:
+                raise ValueError(
+                    f"{source} asks for {target!r}, which is no model or data set of effnet_train: refused"
+                )
+        for value in config.values():
+            check_targets(value, source)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_targets(value, source)
+
+
+def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    """Move `model` to `device`, its convolutions in the memory layout asked for."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer over `model`'s parameter groups; the step sets the learning rate."""
+    arguments = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(arguments, dict)
+    groups = param_groups(model, float(arguments.pop("weight_decay", 0.0)))
+    return instantiate(arguments, groups, lr=0.0, _convert_="all")
+
+
+def build_plan(cfg: DictConfig, num_images: int) -> Plan:
+    """Build the plan of a run over `num_images` training images. Raises ValueError where its parts don't fit."""
+    plan = Plan(
+        num_images=num_images,
+        batch_size=cfg.batch_size,
+        epochs=cfg.epochs,
+        schedule=instantiate(cfg.schedule),
+        log=Every(**cfg.log_every),
+        evaluate=Every(**cfg.evaluate_every),
+        save=Every(**cfg.save_every),
+        max_steps=cfg.max_steps,
+    )
+    if cfg.schedule.warmup_epochs >= plan.epochs and cfg.schedule.warmup_epochs > 0:
+        raise ValueError(
+            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs} is not shorter than the run of epochs={plan.epochs}: "
+            f"try schedule.warmup_epochs={plan.epochs / 70:.2g}"
+        )
+    return plan
+
+
+def check_batch(batch_size: int, ranks: int, accumulate: int, *, pairs: bool) -> None:
+    """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be 1 or more")
+    parts = ranks * accumulate * (2 if pairs else 1)
+    if batch_size < 1 or batch_size % parts:
+        near = max(1, round(batch_size / parts)) * parts
+        why = f"{ranks} ranks x accumulate={accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
+        raise ValueError(f"batch_size={batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}")
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return `precision`, with `auto` as bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision={precision} is not known: use auto, fp32, bf16 or fp16")
+    return precision
+
+
+def resolve_workers(workers: int | str, device: torch.device) -> int:
+    """Return the number of worker processes of this rank; `auto` shares the machine's cores among its ranks."""
+    if workers != "auto":
+        if int(workers) < 0:
+            raise ValueError(f"workers={workers} is negative: use auto, 0 (in the training process) or more")
+        return int(workers)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores if device.type == "cuda" else cores // 4)
+
+
+def set_determinism(deterministic: bool, device: torch.device) -> None:
+    """Choose between algorithms that give the same bits every time and whichever are fastest."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def metadata(cfg: DictConfig, data: Data) -> dict[str, Any]:
+    """Return what travels with the weights, as plain values: model, preprocessing, classes, data."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {
+        "model": {**config["model"], "num_classes": len(data.classes)},
+        "preprocess": _plain(asdict(data.preprocess)),
+        "classes": list(data.classes),
+        "data": config["data"],
+    }
+
+
+def load_into(model: nn.Module, weights: Weights, source: str) -> None:
+    """Load weights of the same architecture into `model`. Raises ValueError naming the first tensors that differ."""
+    own = model.state_dict()
+    wrong = [
+        f"{name} {tuple(own[name].shape) if name in own else 'absent'} here, "
+        f"{tuple(weights.tensors[name].shape) if name in weights.tensors else 'absent'} there"
+        for name in sorted(own.keys() | weights.tensors.keys())
+        if name not in own or name not in weights.tensors or own[name].shape != weights.tensors[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source} holds weights of another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}"
+        )
+    model.load_state_dict(weights.tensors)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with tuples as lists: the same after a journey through JSON."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,116 @@
+"""`dry_run=true`: what a run would be, from its configuration alone; nothing is written."""
+
+import time
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from effnet_train.analysis.complexity import complexity, training_memory
+from effnet_train.cli import build
+from effnet_train.data.loader import Batch
+from effnet_train.data.preprocess import Preprocess
+from effnet_train.distributed import Session, resolve_ranks
+from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.engine.train import Plan, Stepper
+from effnet_train.optim.ema import EMA
+
+
+def describe(cfg: DictConfig, folder: Path, device: str) -> str:
+    """Return the plan as text: model, schedule, memory and time.
+
+    The images are counted where they are; where they are not, the number of a complete copy is taken.
+    """
+    ranks = resolve_ranks(cfg.ranks, device)
+    session = Session(device=torch.device(device))
+    mixing = instantiate(cfg.mixing)
+    build.check_batch(cfg.batch_size, ranks, cfg.accumulate, pairs=mixing.enabled)
+    precision = build.resolve_precision(cfg.precision, session.device)
+    images, classes, source = _counts(cfg.data)
+    plan = build.build_plan(cfg, images)
+    with torch.device("meta"):
+        meta_model = build.build_model(cfg.model, classes)
+    size = cfg.data.preprocess.resolution
+    cost = complexity(meta_model, size)
+    micro = cfg.batch_size // ranks // cfg.accumulate
+    memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
+    rate, timed = _images_per_s(cfg, classes, precision, session, micro)
+    hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
+    rows = [
+        ("folder", f"{folder} ({'holds a run: it would go on' if (folder / 'config.yaml').exists() else 'new'})"),
+        ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
+        ("parameters", f"{cost.parameters:,}"),
+        ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
+        ("data", f"{images:,} training images ({source})"),
+        (
+            "batch",
+            f"{cfg.batch_size:,} = {ranks} ranks x {cfg.accumulate} micro-batches x {micro:,} images",
+        ),
+        ("precision", f"{precision} on {device}"),
+        ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
+        ("learning rate", _learning_rates(plan)),
+        ("memory", f"about {memory / 2**30:.2f} GiB a rank (weights, gradients, optimizer, average, activations)"),
+        ("time", f"about {_duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
+    ]
+    return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def _counts(cfg: DictConfig) -> tuple[int, int, str]:
+    """Return training images, classes, and where the numbers are from."""
+    expected = cfg.get("expected")
+    root = Path(cfg.root)
+    if root.is_dir():
+        data = build.build_data(cfg, Session())
+        return len(data.train), len(data.classes), f"counted in {root}"
+    if expected:
+        return expected.train - cfg.minival, expected.classes, f"a complete copy; {root} does not exist"
+    raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder with train/<class>/ and val/<class>/")
+
+
+def _learning_rates(plan: Plan) -> str:
+    steps = sorted(
+        {0, int(5 * plan.steps_per_epoch), *(plan.total_steps * i // 4 for i in (1, 2, 3)), plan.total_steps - 1}
+    )
+    return ", ".join(f"{plan.lr(step):.5g} at step {step:,}" for step in steps)
+
+
+def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session, micro: int) -> tuple[float, str]:
+    """Time the real step on this device, on as many random images as are quick to compute."""
+    size = cfg.data.preprocess.resolution
+    count = max(2, min(micro, 8 if session.device.type == "cpu" else micro) // 2 * 2)
+    model = build.build_model(cfg.model, classes)
+    model = build.place(model, session.device, channels_last=cfg.channels_last).train()
+    state = TrainState(
+        model,
+        EMA(model, cfg.ema_decay),
+        build.build_optimizer(cfg.optim, model),
+        torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
+        no_statistics(session.device),
+    )
+    step = Stepper(
+        network=model,
+        loss=instantiate(cfg.loss),
+        preprocess=Preprocess(resolution=size),
+        num_classes=classes,
+        precision=precision,
+        session=session,
+    )
+    images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
+    batch = Batch(images, torch.arange(count) % classes, torch.arange(count), [])
+    step(state, batch, 0.0)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step(state, batch, 0.0)
+        state.statistics.tolist()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return count / sorted(times)[1], f"the step timed here on {count} images"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 2:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -1,0 +1,160 @@
+"""What one rank of a training run needs, built from its configuration."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from effnet_train.cli import build, run_folder
+from effnet_train.data.datasets import Data
+from effnet_train.data.loader import Batch, eval_batches, train_batches
+from effnet_train.data.order import Order
+from effnet_train.data.sources import Source
+from effnet_train.distributed import Session, sync_batch_norm
+from effnet_train.engine.checkpoint import (
+    BEST,
+    Checkpoints,
+    Weights,
+    export_safetensors,
+    load_weights,
+    write_atomically,
+)
+from effnet_train.engine.evaluate import Metrics, evaluate
+from effnet_train.engine.loggers import Logger
+from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.engine.train import Plan, Run, Stepper
+from effnet_train.optim.ema import EMA
+
+
+def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Callable[[], None]]:
+    """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    precision = build.resolve_precision(cfg.precision, session.device)
+    build.set_determinism(cfg.deterministic, session.device)
+    mixing = instantiate(cfg.mixing)
+    build.check_batch(cfg.batch_size, session.world_size, cfg.accumulate, pairs=mixing.enabled)
+    data = build.build_data(cfg.data, session)
+    plan = build.build_plan(cfg, len(data.train))
+    state, network = _state(cfg, data, precision, session)
+    with session.main_first():
+        run_folder.claim(folder, config)
+    checkpoints = Checkpoints(folder, **cfg.checkpoint)
+    former = checkpoints.newest()
+    if former is not None:
+        state.load_state_dict(former, session)
+    loggers = _open_loggers(config, plan, folder, state.step) if session.is_main else []
+    score = partial(_evaluate, cfg, data, precision, session)
+    run = Run(
+        state=state,
+        plan=plan,
+        step=Stepper(
+            network=network,
+            loss=instantiate(cfg.loss),
+            preprocess=data.preprocess,
+            num_classes=len(data.classes),
+            precision=precision,
+            accumulate=cfg.accumulate,
+            clip_norm=cfg.clip_norm,
+            mixing=mixing,
+            session=session,
+        ),
+        batches=partial(_batches, cfg, data, plan, session),
+        evaluate=partial(score, data.val),
+        checkpoints=checkpoints,
+        meta=build.metadata(cfg, data),
+        select_by=cfg.select_by,
+        loggers=loggers,
+        session=session,
+    )
+    return run, partial(_finish, run, data, score)
+
+
+def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tuple[TrainState, nn.Module]:
+    """Build what training changes, from scratch or from `init_from`, and the network to call on each batch."""
+    torch.manual_seed(cfg.seed)
+    model = build.build_model(cfg.model, len(data.classes))
+    if cfg.init_from is not None:
+        build.load_into(model, load_weights(Path(cfg.init_from)), cfg.init_from)
+    model = build.place(model, session.device, channels_last=cfg.channels_last).train()
+    ema = EMA(model, cfg.ema_decay)
+    sync_batch_norm(model, session, cfg.sync_bn)
+    if cfg.compile:
+        model.compile()
+    state = TrainState(
+        model=model,
+        ema=ema,
+        optimizer=build.build_optimizer(cfg.optim, model),
+        scaler=torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
+        statistics=no_statistics(session.device),
+    )
+    return state, session.parallel(model)
+
+
+def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, step: int) -> list[Logger]:
+    loggers = [instantiate(part, _convert_="all") for part in config["loggers"].values() if part is not None]
+    for logger in loggers:
+        logger.open(folder, step=step, config={**config, "total_steps": plan.total_steps})
+    return loggers
+
+
+def _batches(cfg: DictConfig, data: Data, plan: Plan, session: Session, start: int) -> Iterator[Batch]:
+    order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
+    cuda = session.device.type == "cuda"
+    workers = build.resolve_workers(cfg.workers, session.device)
+    augment = instantiate(cfg.augment, _convert_="all")
+    return train_batches(data, augment, order, start=start, stop=plan.total_steps, workers=workers, pin=cuda)
+
+
+def _evaluate(
+    cfg: DictConfig, data: Data, precision: str, session: Session, source: Source, models: dict[str, nn.Module]
+) -> dict[str, Metrics]:
+    batches = eval_batches(
+        source,
+        data,
+        batch_size=cfg.eval_batch_size,
+        rank=session.rank,
+        world_size=session.world_size,
+        workers=build.resolve_workers(cfg.workers, session.device),
+        pin=session.device.type == "cuda",
+    )
+    return evaluate(
+        models, batches, num_images=len(source), preprocess=data.preprocess, precision=precision, session=session
+    )
+
+
+def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> None:
+    """Export the selected weights, score them on what selection never saw, and say where everything lies."""
+    session, folder = run.session, run.checkpoints.folder
+    session.barrier()  # rank 0 has written what the others are about to read
+    which = "ema" if run.select_by.startswith("val_ema/") else "raw"
+    if (folder / BEST).exists():
+        weights = load_weights(folder / BEST, which)
+    else:
+        weights = Weights(run.state.ema.state_dict(), {**run.meta, "step": run.state.step})
+    lines = [f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5"))]
+    summary: dict[str, Any] = {"best": run.state.best, "steps": run.state.step}
+    if data.test is not None:
+        model = copy.deepcopy(run.state.ema.module)
+        model.load_state_dict(weights.tensors)
+        metrics = score(data.test, {"test": model})["test"]
+        summary["test"] = metrics.scalars("test")
+        lines.append(f"test/top1 {metrics.top1:.2%}")
+    if not session.is_main:
+        return
+    export_safetensors(folder / "model.safetensors", weights)
+    write_atomically(folder / "summary.json", lambda file: _write(file, json.dumps(summary, indent=2) + "\n"))
+    print(f"done: {run.state.step:,} steps; best at step {int(run.state.best.get('step', 0)):,}: {', '.join(lines)}")
+    print(f"  checkpoint  {folder / BEST}")
+    print(f"  weights     {folder / 'model.safetensors'}")
+    print(f"  curves      tensorboard --logdir {folder}   (numbers: {folder / 'metrics.csv'})")
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

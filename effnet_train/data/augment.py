@@ -1,0 +1,162 @@
+"""The training transform: random crop, flip, policy and erasing, all drawn from the sample's key."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from effnet_train.data.keys import integer, rng, uniform
+from effnet_train.data.preprocess import Preprocess, central_image, crop_and_resize
+
+Policy = Callable[[Image.Image, random.Random], Image.Image]
+Box = tuple[int, int, int, int]
+
+_ATTEMPTS = 10
+_MIN_OBJECT_COVERED = np.float32(0.1)
+# Random erasing. Source: Zhong et al., "Random Erasing Data Augmentation", 2020, section 5.
+_ERASE_AREA = (0.02, 0.4)
+_ERASE_ASPECT = (0.3, 1 / 0.3)
+_ERASE_ATTEMPTS = 100
+
+
+def _attempt(width: int, height: int, area: Sequence[float], ratio: np.float32, generator: random.Random) -> Box | None:
+    """Draw one crop of aspect `ratio`; None where none fits.
+
+    Source: tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc, GenerateRandomCrop, in float32 as there.
+    """
+    min_area, max_area = (np.float32(share) * width * height for share in area)
+    crop_height = int(np.rint(np.sqrt(min_area / ratio)))
+    max_height = int(np.rint(np.sqrt(max_area / ratio)))
+    if np.rint(max_height * ratio) > width:
+        # The largest height whose width still fits.
+        max_height = int((width + 0.5 - float(np.float32(1e-7))) / float(ratio))
+        if np.rint(max_height * ratio) > width:
+            max_height -= 1
+    max_height = min(max_height, height)
+    crop_height = min(crop_height, max_height)
+    if crop_height < max_height:
+        crop_height += integer(generator, max_height - crop_height + 1)
+    crop_width = int(np.rint(crop_height * ratio))
+    # Rounding may have put the area just outside its bounds.
+    if crop_width * crop_height < min_area:
+        crop_height += 1
+        crop_width = int(np.rint(crop_height * ratio))
+    if crop_width * crop_height > max_area:
+        crop_height -= 1
+        crop_width = int(np.rint(crop_height * ratio))
+    if not min_area <= crop_width * crop_height <= max_area:
+        return None
+    if not (0 < crop_width <= width and 0 < crop_height <= height):
+        return None
+    # Not + 1: as in the source, a crop never touches the far edge unless it spans the image.
+    top = integer(generator, height - crop_height) if crop_height < height else 0
+    left = integer(generator, width - crop_width) if crop_width < width else 0
+    return left, top, crop_width, crop_height
+
+
+def inception_crop(
+    width: int,
+    height: int,
+    *,
+    generator: random.Random,
+    area: Sequence[float] = (0.08, 1.0),
+    aspect: Sequence[float] = (3 / 4, 4 / 3),
+) -> Box | None:
+    """Draw the crop (left, top, width, height) of an image; None where the central crop is to be used instead.
+
+    TensorFlow's sample_distorted_bounding_box with the whole image as its box, 10 attempts: the aspect is uniform, and
+    so is the *height*, between those of the least and the most area. PyTorch's RandomResizedCrop draws a uniform
+    area and a uniform logarithm of the aspect: its crops are smaller.
+    """
+    low, high = np.float32(aspect[0]), np.float32(aspect[1])
+    for _ in range(_ATTEMPTS):
+        ratio = np.float32(generator.random()) * (high - low) + low
+        box = _attempt(width, height, area, ratio, generator)
+        # The authors' min_object_covered, on a box that is the whole image, rejects a crop of under a tenth of it:
+        # areas from 0.08 to 0.1 are drawn, and drawn again.
+        if box is not None and np.float32(box[2] * box[3]) / np.float32(width * height) >= _MIN_OBJECT_COVERED:
+            # The authors take the central crop where the attempts fail, which they tell by the crop's being the
+            # whole image (`bad` in their _decode_and_random_crop): so also where one succeeds with all of it.
+            return None if box[2:] == (width, height) else box
+    return None
+
+
+def _erase_box(size: int, generator: random.Random) -> Box | None:
+    for _ in range(_ERASE_ATTEMPTS):
+        area = uniform(generator, *_ERASE_AREA) * size * size
+        ratio = uniform(generator, *_ERASE_ASPECT)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height < size and 0 < width < size:
+            return integer(generator, size - width + 1), integer(generator, size - height + 1), width, height
+    return None
+
+
+def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    pair = tuple(float(value) for value in values)
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"augment.{name}={list(pair)} must be two positive numbers, the smaller first")
+    return pair[0], pair[1]
+
+
+class Augment:
+    """Turn an image into training pixels, in this order: crop, resize, flip, policy, erase.
+
+    `area` and `aspect` bound the Inception crop; `area` None takes the evaluation crop instead, and `pad` > 0 moves
+    that one by up to `pad` pixels each way, black coming in, as is usual for CIFAR. `flip` and `erase` are
+    probabilities, `policy` is a function of an image and a generator. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        *,
+        area: Sequence[float] | None = (0.08, 1.0),
+        aspect: Sequence[float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        pad: int = 0,
+        policy: Policy | None = None,
+        erase: float = 0.0,
+    ) -> None:
+        self.area = None if area is None else _pair("area", area)
+        self.aspect = _pair("aspect", aspect)
+        if self.area is not None and self.area[1] > 1:
+            raise ValueError(f"augment.area={list(self.area)} must be shares of the image: at most 1")
+        if pad < 0 or (pad and area is not None):
+            raise ValueError(
+                f"augment.pad={pad} must be 0, or positive with augment.area=null: padding takes the place of the crop"
+            )
+        for name, value in (("flip", flip), ("erase", erase)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"augment.{name}={value} must be a probability: from 0 to 1")
+        self.flip, self.pad, self.policy, self.erase = flip, pad, policy, erase
+
+    def __call__(self, image: Image.Image, preprocess: Preprocess, key: int) -> np.ndarray:
+        """Return the pixels (R, R, 3) uint8 of an RGB image: a pure function of the arguments."""
+        generator = rng(key)
+        image = self._crop(image, preprocess, generator)
+        if generator.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.policy is not None:
+            image = self.policy(image, generator)
+        pixels = np.array(image)
+        if generator.random() < self.erase:
+            box = _erase_box(preprocess.resolution, generator)
+            if box is not None:
+                left, top, width, height = box
+                # The mean, which normalising makes (nearly) zero.
+                pixels[top : top + height, left : left + width] = [round(255 * value) for value in preprocess.mean]
+        return pixels
+
+    def _crop(self, image: Image.Image, preprocess: Preprocess, generator: random.Random) -> Image.Image:
+        box = None
+        if self.area is not None:
+            box = inception_crop(*image.size, generator=generator, area=self.area, aspect=self.aspect)
+        if box is not None:
+            return crop_and_resize(image, box, preprocess)
+        image = central_image(image, preprocess)
+        if not self.pad:
+            return image
+        left, top = (integer(generator, 2 * self.pad + 1) - self.pad for _ in range(2))
+        # PIL's crop may reach outside, where it is black.
+        return image.crop((left, top, left + preprocess.resolution, top + preprocess.resolution))

@@ -1,0 +1,321 @@
+"""AutoAugment and RandAugment as the authors' TensorFlow code computes them, pixel for pixel.
+
+Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py. Results are held against that file, run by
+TensorFlow, in tests/data/test_autoaugment.py.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from effnet_train.data.keys import integer
+
+SubPolicy = tuple[tuple[str, float, float], ...]
+
+# (operation, probability, level of 10); one of the 25 is drawn per image. Despite its name in the authors' code it is
+# not the ImageNet policy of the AutoAugment paper, which torchvision implements.
+_V0: tuple[SubPolicy, ...] = (
+    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
+    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
+    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
+    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
+    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
+    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
+    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+)
+
+
+def _tables(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> list[int]:
+    """Return PIL's table of 3 x 256 values, cut to [0, 255] and towards zero, as TensorFlow casts to uint8."""
+    return np.concatenate([red, green, blue]).clip(0, 255).astype(np.uint8).tolist()
+
+
+def _blend_constant(image: Image.Image, constant: int, factor: float) -> Image.Image:
+    """Return constant + factor * (image - constant) in float32."""
+    table = np.float32(constant) + np.float32(factor) * (np.arange(256, dtype=np.float32) - np.float32(constant))
+    return image.point(_tables(table, table, table))
+
+
+def autocontrast(image: Image.Image) -> Image.Image:
+    """Stretch each channel to the full range."""
+    values = np.arange(256, dtype=np.float32)
+    tables = []
+    for low, high in cast(tuple[tuple[int, int], ...], image.getextrema()):
+        # Float32 and cutting, where PIL's own autocontrast takes doubles: they differ by one level here and there.
+        scale = np.float32(255) / np.float32(max(high - low, 1))
+        tables.append(values * scale - np.float32(low) * scale if high > low else values)
+    return image.point(_tables(*tables))
+
+
+def equalize(image: Image.Image) -> Image.Image:
+    """Make each channel's histogram flat."""
+    return ImageOps.equalize(image)
+
+
+def invert(image: Image.Image) -> Image.Image:
+    """Return the negative."""
+    return ImageOps.invert(image)
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Keep the upper `bits` bits of each value, but at least one.
+
+    TensorFlow cuts a shift of more than 7 to 7, so that no bits (v0 asks for them, at level 2) are one, and the image
+    is not black; and takes it modulo 256, so that more than 8 bits (RandAugment of magnitude 23 and up) are one too.
+    """
+    shift = min((8 - bits) % 256, 7)
+    return image.point([value >> shift << shift for value in range(256)] * 3)
+
+
+def solarize(image: Image.Image, threshold: int) -> Image.Image:
+    """Invert the values that are not below the threshold.
+
+    TensorFlow 1 takes the threshold modulo 256: 256, which v0 asks for at level 10, inverts all instead of nothing,
+    and RandAugment of magnitude 15 has 128.
+    """
+    return image.point([value if value < threshold % 256 else 255 - value for value in range(256)] * 3)
+
+
+def solarize_add(image: Image.Image, addition: int) -> Image.Image:
+    """Add to the values under 128."""
+    return image.point([min(value + addition, 255) if value < 128 else value for value in range(256)] * 3)
+
+
+def color(image: Image.Image, factor: float) -> Image.Image:
+    """Blend from the grey image (0) to the image (1) and beyond."""
+    # TensorFlow's grey: its own weights; pixels / 255, times 255.5, cut. PIL adds a half before it cuts.
+    scale = 255.5 / 255
+    grey = image.convert("L", (0.2989 * scale, 0.5870 * scale, 0.1140 * scale, -0.5))
+    return Image.blend(Image.merge("RGB", (grey, grey, grey)), image, factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blend from a constant (0) to the image (1) and beyond."""
+    # Meant: the mean grey value. TF code: the sum of the histogram's counts over 256, hence the number of pixels. We
+    # follow the code: 196 at 224 x 224, white from 256 x 256 on, whatever the image shows.
+    return _blend_constant(image, min(255, image.width * image.height // 256), factor)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blend from black (0) to the image (1) and beyond."""
+    return _blend_constant(image, 0, factor)
+
+
+def sharpness(image: Image.Image, factor: float) -> Image.Image:
+    """Blend from the smoothed image (0) to the image (1) and beyond; the border of one pixel stays.
+
+    Where the smoothed value is a whole number, TensorFlow's float32 sum may fall below it, by the order in which
+    its build adds; we take the whole number. 0.4 % of the values differ by a level.
+    """
+    # PIL adds a half before it cuts; 1/26 lies between its rounding errors and the steps of 1/13.
+    kernel = ImageFilter.Kernel((3, 3), (1, 1, 1, 1, 5, 1, 1, 1, 1), scale=13, offset=-0.5 + 1 / 26)
+    return Image.blend(image.filter(kernel), image, factor)
+
+
+def _source(a: float, b: float, c: float, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """Return round(a x + b y + c), in [-1, size], as float32 arithmetic has it."""
+    across, down = np.float32(a) * x, np.float32(b) * y
+    # Shears and translations need one axis only.
+    values = across if b == 0 else down if a == 0 else across + down
+    values += np.float32(c)
+    # C's round: halves away from zero. Shears have whole rows of them.
+    values += np.copysign(np.float32(0.5), values)
+    return values.clip(-1, size).astype(np.int32)
+
+
+def _project(image: Image.Image, matrix: Sequence[float], fill: int) -> Image.Image:
+    """Give each pixel (x, y) the value at (a x + b y + c, d x + e y + f), nearest neighbour, `fill` outside.
+
+    Coordinates count from the centre of the first pixel. PIL's own transform works in 16-bit fractions, and gives a
+    few pixels per thousand to another neighbour.
+    """
+    width, height = image.size
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    a, b, c, d, e, f = matrix
+    # One pixel is four bytes; a border of one fill pixel answers for all outside.
+    framed = np.full((height + 2, width + 2), fill * 0x010101, dtype=np.uint32)
+    framed[1:-1, 1:-1] = np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint32).reshape(height, width)
+    index = (_source(d, e, f, x, y, height) + 1) * (width + 2) + (_source(a, b, c, x, y, width) + 1)
+    pixels = framed.reshape(-1).take(index, mode="clip")
+    return Image.frombytes("RGB", image.size, pixels.tobytes(), "raw", "RGBX")
+
+
+def rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
+    """Turn about the centre, anticlockwise for positive degrees."""
+    angle = np.float32(degrees * (math.pi / 180))
+    cos, sin = np.cos(angle), np.sin(angle)
+    right, bottom = np.float32(image.width - 1), np.float32(image.height - 1)
+    c = (right - (cos * right - sin * bottom)) / 2
+    f = (bottom - (sin * right + cos * bottom)) / 2
+    return _project(image, (cos, -sin, c, sin, cos, f), fill)
+
+
+def shear_x(image: Image.Image, level: float, fill: int) -> Image.Image:
+    """Move row y by -level * y pixels."""
+    return _project(image, (1, level, 0, 0, 1, 0), fill)
+
+
+def shear_y(image: Image.Image, level: float, fill: int) -> Image.Image:
+    """Move column x by -level * x pixels."""
+    return _project(image, (1, 0, 0, level, 1, 0), fill)
+
+
+def translate_x(image: Image.Image, pixels: float, fill: int) -> Image.Image:
+    """Move to the left."""
+    return _project(image, (1, 0, pixels, 0, 1, 0), fill)
+
+
+def translate_y(image: Image.Image, pixels: float, fill: int) -> Image.Image:
+    """Move upwards."""
+    return _project(image, (1, 0, 0, 0, 1, pixels), fill)
+
+
+def cutout(image: Image.Image, pad: int, center: tuple[int, int], fill: int) -> Image.Image:
+    """Fill the square of side 2 * pad about `center` (x, y), which may reach outside."""
+    x, y = center
+    image = image.copy()
+    image.paste((fill, fill, fill), (max(0, x - pad), max(0, y - pad), x + pad, y + pad))
+    return image
+
+
+class _Scale(NamedTuple):
+    """What the levels of a policy are multiples of: pixels at level 10; and the value of pixels from outside."""
+
+    translate: float
+    cutout: float
+    fill: int
+
+
+def _either(value: float, rng: random.Random) -> float:
+    return value if rng.random() < 0.5 else -value
+
+
+def _enhance(level: float) -> float:
+    return (level / 10) * 1.8 + 0.1
+
+
+def _random_center(image: Image.Image, rng: random.Random) -> tuple[int, int]:
+    return integer(rng, image.width), integer(rng, image.height)
+
+
+_Operation = Callable[[Image.Image, float, random.Random, _Scale], Image.Image]
+
+# Each takes an image, the level of 10 (RandAugment's may be more), the sample's generator and the scale.
+_OPERATIONS: dict[str, _Operation] = {
+    "AutoContrast": lambda image, level, rng, scale: autocontrast(image),
+    "Equalize": lambda image, level, rng, scale: equalize(image),
+    "Invert": lambda image, level, rng, scale: invert(image),
+    "Rotate": lambda image, level, rng, scale: rotate(image, _either(level / 10 * 30, rng), scale.fill),
+    "Posterize": lambda image, level, rng, scale: posterize(image, int(level / 10 * 4)),
+    "Solarize": lambda image, level, rng, scale: solarize(image, int(level / 10 * 256)),
+    "SolarizeAdd": lambda image, level, rng, scale: solarize_add(image, int(level / 10 * 110)),
+    "Color": lambda image, level, rng, scale: color(image, _enhance(level)),
+    "Contrast": lambda image, level, rng, scale: contrast(image, _enhance(level)),
+    "Brightness": lambda image, level, rng, scale: brightness(image, _enhance(level)),
+    "Sharpness": lambda image, level, rng, scale: sharpness(image, _enhance(level)),
+    "ShearX": lambda image, level, rng, scale: shear_x(image, _either(level / 10 * 0.3, rng), scale.fill),
+    "ShearY": lambda image, level, rng, scale: shear_y(image, _either(level / 10 * 0.3, rng), scale.fill),
+    "TranslateX": lambda image, level, rng, scale: translate_x(
+        image, _either(level / 10 * scale.translate, rng), scale.fill
+    ),
+    "TranslateY": lambda image, level, rng, scale: translate_y(
+        image, _either(level / 10 * scale.translate, rng), scale.fill
+    ),
+    "Cutout": lambda image, level, rng, scale: cutout(
+        image, int(level / 10 * scale.cutout), _random_center(image, rng), scale.fill
+    ),
+}
+
+
+def _sub_policy(operations: Sequence[Sequence]) -> SubPolicy:
+    """Check and copy one sub-policy."""
+    found = tuple((str(name), float(probability), float(level)) for name, probability, level in operations)
+    for name, probability, level in found:
+        if name not in _OPERATIONS:
+            raise ValueError(f"augment.policy: there is no operation {name!r}, only {', '.join(_OPERATIONS)}")
+        if not 0 <= probability <= 1 or level < 0:
+            raise ValueError(
+                f"augment.policy: {name} with probability {probability} and level {level}; "
+                "the probability must be in [0, 1], the level 0 or more"
+            )
+    return found
+
+
+class AutoAugment:
+    """Draw one sub-policy per image and apply each of its operations with the operation's probability.
+
+    `policy` is "v0", the authors', or a list of lists of (operation, probability, level). `translate` and `cutout` are
+    pixels at level 10 (the authors use the same at all resolutions), `fill` the value of pixels from outside.
+    """
+
+    def __init__(
+        self,
+        policy: str | Sequence[Sequence[Sequence]] = "v0",
+        *,
+        translate: float = 250,
+        cutout: float = 100,
+        fill: int = 128,
+    ) -> None:
+        if isinstance(policy, str) and policy != "v0":
+            raise ValueError(
+                f"augment.policy={policy!r}: give v0, or a list of lists of [operation, probability, level]"
+            )
+        self.policy = _V0 if isinstance(policy, str) else tuple(_sub_policy(operations) for operations in policy)
+        if not self.policy:
+            raise ValueError("augment.policy is an empty list: give sub-policies, or augment.policy=null for none")
+        self.scale = _Scale(translate, cutout, fill)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """Return an augmented copy of an RGB image."""
+        for name, probability, level in self.policy[integer(rng, len(self.policy))]:
+            if rng.random() < probability:
+                image = _OPERATIONS[name](image, level, rng, self.scale)
+        return image
+
+
+class RandAugment:
+    """Apply `layers` operations per image, drawn from all 16, each at level `magnitude` of 10.
+
+    Beyond 10 some of them come round again, as in TensorFlow: see `posterize` and `solarize`.
+    """
+
+    def __init__(
+        self, layers: int = 2, magnitude: float = 10, *, translate: float = 100, cutout: float = 40, fill: int = 128
+    ) -> None:
+        if layers < 1 or magnitude < 0:
+            raise ValueError(
+                f"augment.policy.layers={layers} must be at least 1 (for none: augment.policy=null), "
+                f"augment.policy.magnitude={magnitude} at least 0"
+            )
+        self.layers, self.magnitude = layers, magnitude
+        self.scale = _Scale(translate, cutout, fill)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """Return an augmented copy of an RGB image."""
+        names = tuple(_OPERATIONS)
+        for _ in range(self.layers):
+            # No probability: the authors' code draws one and does not use it.
+            image = _OPERATIONS[names[integer(rng, len(names))]](image, self.magnitude, rng, self.scale)
+        return image

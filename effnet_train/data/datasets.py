@@ -1,0 +1,175 @@
+"""Data sets: what to train on, what to select on, what to report, and how pixels reach the model."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effnet_train.data.order import permutation
+from effnet_train.data.preprocess import Preprocess
+from effnet_train.data.sources import FolderSource, Source, Subset, TorchvisionSource
+
+ON_ERROR = ("raise", "skip")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to read.
+
+    `val` is what training is watched and selected by; `test` is None, or the untouched validation set where `val` was
+    held out of the training images. `on_error` says what a corrupt image does: `raise`, or `skip` with a count.
+    """
+
+    train: Source
+    val: Source
+    test: Source | None
+    preprocess: Preprocess
+    on_error: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the class names, in the order of the labels."""
+        return self.train.classes
+
+
+def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int, on_error: str) -> Data:
+    """Check that `train` and `val` belong together, and hold `minival` images out of `train` for selection."""
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        raise ValueError(
+            f"train has {len(train.classes)} classes and val {len(val.classes)}, and they differ: "
+            f"only in train {only_train[:5]}, only in val {only_val[:5]}; the class folders of both must be the same"
+        )
+    if on_error not in ON_ERROR:
+        raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
+    if not 0 <= minival < len(train):
+        raise ValueError(f"data.minival={minival} must be less than the {len(train)} training images, and not negative")
+    if minival == 0:
+        return Data(train, val, None, preprocess, on_error)
+    # The split must not change with the run's seed: two runs are to be selected by the same images.
+    shuffled = permutation(0, 0, len(train))
+    held_out, rest = np.sort(shuffled[:minival]), np.sort(shuffled[minival:])
+    return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error)
+
+
+def image_folders(
+    root: str,
+    *,
+    preprocess: Preprocess,
+    train: str = "train",
+    val: str = "val",
+    minival: int = 0,
+    on_error: str = "raise",
+    expected: Mapping[str, int] | None = None,
+) -> Data:
+    """Read `root/train/<class>/<image>` and `root/val/<class>/<image>`, ImageNet's layout.
+
+    `expected` (classes, train, val) is what a complete copy holds: a plan can be made without the images, and a copy
+    that differs is refused.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds {train}/ and {val}/")
+    sources = [FolderSource(Path(root) / split) for split in (train, val)]
+    _check_counts(root, sources, expected)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+
+
+def torchvision_splits(
+    root: str,
+    *,
+    dataset: str,
+    train: Sequence[Mapping[str, Any]],
+    val: Sequence[Mapping[str, Any]],
+    preprocess: Preprocess,
+    minival: int = 0,
+    on_error: str = "raise",
+    expected: Mapping[str, int] | None = None,
+) -> Data:
+    """Read a class of `torchvision.datasets`; `train` and `val` list the arguments of the splits each is made of.
+
+    The data are downloaded where they are absent and there is a network. Raises FileNotFoundError otherwise.
+    """
+    from torchvision import datasets
+
+    def load(splits: Sequence[Mapping[str, Any]]) -> TorchvisionSource:
+        return TorchvisionSource([_load(getattr(datasets, dataset), root, dict(split)) for split in splits])
+
+    sources = [load(train), load(val)]
+    _check_counts(root, sources, expected)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+
+
+def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind(root, **arguments, download=False)
+    except (RuntimeError, FileNotFoundError):
+        pass
+    try:
+        # Downloads print progress bars; a folder that is already there is an error for some of these classes.
+        return kind(root, **arguments, download=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"data.root={root} does not hold {kind.__name__} ({arguments}), and downloading it failed "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): put the files of torchvision.datasets."
+            f"{kind.__name__} under {Path(root).absolute()}, or run once where there is a network"
+        ) from error
+
+
+def _check_counts(root: str, sources: Sequence[Source], expected: Mapping[str, int] | None) -> None:
+    if expected is None:
+        return
+    found = {"classes": len(sources[0].classes), "train": len(sources[0]), "val": len(sources[1])}
+    wrong = {key: (count, found[key]) for key, count in expected.items() if found[key] != count}
+    if wrong:
+        text = ", ".join(f"{key}: {want} expected, {got} found" for key, (want, got) in wrong.items())
+        raise ValueError(f"data.root={root} is not complete ({text}): mend it, or set data.expected=null")
+
+
+def digits(
+    root: str,
+    *,
+    preprocess: Preprocess,
+    minival: int = 0,
+    on_error: str = "raise",
+    expected: Mapping[str, int] | None = None,
+) -> Data:
+    """Read the 1,797 handwritten digits that scikit-learn carries, written to `root` once as an image folder.
+
+    Every fifth image of each class is held out for validation.
+    """
+    if not Path(root).is_dir():
+        _write_digits(Path(root))
+    return image_folders(root, preprocess=preprocess, minival=minival, on_error=on_error, expected=expected)
+
+
+def _write_digits(root: Path) -> None:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "data=digits needs scikit-learn, which holds it: pip install 'effnet-train[digits]'"
+        ) from error
+    from PIL import Image
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed, so that a folder of that name is always whole.
+    unfinished = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    try:
+        for digit in range(10):
+            for count, index in enumerate(np.flatnonzero(labels == digit)):
+                folder = unfinished / ("val" if count % 5 == 0 else "train") / str(digit)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[index]).save(folder / f"{index:04d}.png")
+        os.chmod(unfinished, 0o755)
+        unfinished.rename(root)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,0 +1,146 @@
+"""Batches of decoded, augmented images from worker processes."""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from effnet_train.data.augment import Augment
+from effnet_train.data.datasets import Data
+from effnet_train.data.decode import DecodeError, decode
+from effnet_train.data.order import Order
+from effnet_train.data.preprocess import Preprocess, eval_image
+from effnet_train.data.sources import Source
+
+# How many neighbours stand in for a corrupt training image before the loader gives up.
+_SUBSTITUTES = 10
+
+
+class Batch(NamedTuple):
+    """Images (N, R, R, 3) uint8, labels (N,) int64, keys (N,) int64, and what could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+    errors: list[str]
+
+
+class DataError(ValueError):
+    """A corrupt image, where `data.on_error=raise`."""
+
+
+class _Images(Dataset[Batch]):
+    """Turns a list of (index, key) into a batch; `augment` None is the evaluation transform."""
+
+    def __init__(self, source: Source, preprocess: Preprocess, augment: Augment | None) -> None:
+        self.source, self.preprocess, self.augment = source, preprocess, augment
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
+        size = self.preprocess.resolution
+        images = np.empty((len(items), size, size, 3), dtype=np.uint8)
+        labels: list[int] = []
+        keys: list[int] = []
+        errors: list[str] = []
+        for index, key in items:
+            found = self._load(index, key, errors)
+            if found is not None:
+                images[len(labels)], label = found
+                labels.append(label)
+                keys.append(key)
+        pixels = torch.from_numpy(images[: len(labels)])
+        return Batch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(keys, dtype=torch.int64), errors)
+
+    def _load(self, index: int, key: int, errors: list[str]) -> tuple[np.ndarray, int] | None:
+        """Return pixels and label; in training a corrupt image's place goes to the next one."""
+        tries = _SUBSTITUTES if self.augment else 1
+        for place in range(index, index + tries):
+            place %= len(self.source)
+            try:
+                data, label = self.source.read(place)
+                image = decode(data)
+            except (DecodeError, OSError) as error:
+                errors.append(f"{self.source.name(place)}: {error}")
+                continue
+            if self.augment:
+                return self.augment(image, self.preprocess, key), label
+            return eval_image(image, self.preprocess), label
+        return None
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _loader(images: _Images, batches: Sequence[list[tuple[int, int]]], workers: int, pin: bool) -> DataLoader[Batch]:
+    # Workers are forked from a clean server process: forking this one, with its threads, could deadlock.
+    context = multiprocessing.get_context("forkserver") if workers else None
+    if context is not None:
+        context.set_forkserver_preload(["effnet_train.data.loader"])
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=pin,
+        multiprocessing_context=context,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+class _TrainBatches:
+    """The (index, key) lists of steps `start` to `stop`, made when asked for."""
+
+    def __init__(self, order: Order, start: int, stop: int) -> None:
+        self.order, self.start, self.stop = order, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            indices, keys = self.order.batch(step)
+            yield list(zip(indices.tolist(), keys.tolist(), strict=True))
+
+
+def train_batches(
+    data: Data, augment: Augment, order: Order, *, start: int, stop: int, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """Yield this rank's batches of steps `start` to `stop`; the same for any number of workers.
+
+    Raises DataError for a corrupt image where the data set says `raise`; else the next image takes its place.
+    """
+    images = _Images(data.train, data.preprocess, augment)
+    for batch in _loader(images, _TrainBatches(order, start, stop), workers, pin):  # type: ignore[arg-type]
+        _raise_errors(batch, data.on_error)
+        if len(batch.labels) < order.batch_size // order.world_size:
+            raise DataError(f"{_SUBSTITUTES} images in a row cannot be read, the last {batch.errors[-1]}")
+        yield batch
+
+
+def eval_batches(
+    source: Source,
+    data: Data,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch."""
+    mine = range(rank, len(source), world_size)
+    batches = [[(i, 0) for i in mine[start : start + batch_size]] for start in range(0, len(mine), batch_size)]
+    for batch in _loader(_Images(source, data.preprocess, None), batches, workers, pin):
+        _raise_errors(batch, data.on_error)
+        yield batch
+
+
+def _raise_errors(batch: Batch, on_error: str) -> None:
+    if batch.errors and on_error == "raise":
+        raise DataError(
+            f"cannot read the image {batch.errors[0]}; mend or remove it, or set data.on_error=skip to go on without it"
+        )

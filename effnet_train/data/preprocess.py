@@ -1,0 +1,104 @@
+"""The evaluation crop, and from pixels to the model's input: what a checkpoint must carry to be used."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How images become inputs: `resolution` pixels square, mean and std of pixels in [0, 1].
+
+    The evaluation crop is the central square of `resolution / (resolution + crop_padding)` of the shorter side;
+    with crop_padding 0, all of it. Raises ValueError.
+    """
+
+    resolution: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_padding: int = 32
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name, least in (("resolution", 1), ("crop_padding", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"preprocess.{name}={value!r} must be a whole number of at least {least}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3:
+                raise ValueError(f"preprocess.{name}={list(values)} must have three values: red, green, blue")
+            # Lists, as they come out of JSON and YAML, would be unequal to the same preprocessing made in Python.
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise ValueError(f"preprocess.std={list(self.std)} must be positive; for no scaling give [1, 1, 1]")
+        if self.interpolation not in _filters():
+            raise ValueError(f"preprocess.interpolation={self.interpolation!r} is none of {', '.join(_filters())}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _filters() -> dict[str, Image.Resampling]:
+    names = ("bicubic", "bilinear", "nearest", "lanczos")
+    return {name: Image.Resampling[name.upper()] for name in names}
+
+
+def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], preprocess: Preprocess) -> Image.Image:
+    """Cut out the box (left, top, width, height) and scale it to the square of `preprocess.resolution`."""
+    left, top, width, height = box
+    size = (preprocess.resolution, preprocess.resolution)
+    # Cut first: PIL's resize(box=...) would let the pixels around the box bleed into its border.
+    crop = image.crop((left, top, left + width, top + height))
+    # Paper's code: TensorFlow's bicubic, which does not low-pass when it shrinks. PIL's does, and it is the one that
+    # every published PyTorch score of these weights was measured with.
+    return crop.resize(size, _filters()[preprocess.interpolation])
+
+
+def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, int, int, int]:
+    """Return the evaluation crop (left, top, width, height) of an image.
+
+    Source: tensorflow/tpu, models/official/efficientnet/preprocessing.py, _decode_and_center_crop, with the crop
+    padding of 32 pixels of its first versions, which the paper's numbers come from.
+    """
+    resolution = preprocess.resolution
+    # A strip one pixel wide would have a crop of none.
+    side = max(1, min(width, height) * resolution // (resolution + preprocess.crop_padding))
+    return (width - side + 1) // 2, (height - side + 1) // 2, side, side
+
+
+def central_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """Return the evaluation crop of an RGB image at the model's resolution."""
+    return crop_and_resize(image, central_box(*image.size, preprocess), preprocess)
+
+
+def eval_image(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Return the evaluation pixels of an RGB image: (R, R, 3) uint8."""
+    # A copy, because PyTorch warns of the read-only array that np.asarray would give.
+    return np.array(central_image(image, preprocess))
+
+
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Turn pixels (N, H, W, 3) uint8 into inputs (N, 3, H, W) float32, on their device: (x / 255 - mean) / std.
+
+    The result is channels-last in memory, as the pixels were.
+    """
+    mean, std = (_constants(values, images.device) for values in (mean, std))
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _constants(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    constants = torch.as_tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+    if device.type == "cuda" and constants.device.type == "cpu":
+        # From pinned memory the copy does not make the host wait for the device.
+        constants = constants.pin_memory()
+    return constants.to(device, non_blocking=True)

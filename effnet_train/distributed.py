@@ -1,0 +1,261 @@
+"""The only user of torch.distributed: ranks, the session, exact reductions, synchronised BatchNorm, preemption."""
+
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's place among all ranks. A world of one rank needs no process group and takes the same code path."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this rank writes files and logs."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Take the least of `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Average floating-point tensors over all ranks in place, in one collective."""
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (small and picklable) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on rank 0 before the others, so that what it downloads or writes is there for them."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Wrap `model` so that gradients are averaged over ranks; weights are taken from rank 0."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        # BatchNorm's statistics are averaged by the step itself (`mean_`), so that every rank holds the same.
+        return DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
+        )
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep gradients local inside the block: all micro-batches of a step but the last."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def resolve_device(device: str) -> str:
+    """Return `device`, with `auto` as `cuda` where there is one, else `cpu`. Raises ValueError for what is absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device} is not known: use auto, cpu or cuda (ranks= says how many)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device here: use device=cpu, or mend the driver")
+    return device
+
+
+def resolve_ranks(ranks: int | str, device: str) -> int:
+    """Return how many ranks this machine is to run: `auto` is one for each GPU, one on a CPU."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if ranks == "auto":
+        return max(1, gpus)
+    count = int(ranks)
+    if count < 1 or (device == "cuda" and count > gpus):
+        raise ValueError(
+            f"ranks={ranks} does not fit device={device}: give 1 or more, and at most the {gpus} GPUs here"
+        )
+    return count
+
+
+def launched() -> bool:
+    """Say whether a launcher (torchrun, or our own) has already given this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def open_session(device: str) -> Iterator[Session]:
+    """Take this process's place from the environment (RANK, WORLD_SIZE, LOCAL_RANK) and leave it in order."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    elif local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if world == 1:
+        yield Session(device=place)
+        return
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    device_id = place if place.type == "cuda" else None
+    dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=30))
+    try:
+        yield Session(rank, world, place)
+    finally:
+        # After an error the other ranks may never come to a collective: leave without asking them.
+        if sys.exc_info()[0] is None:
+            dist.barrier(device_ids=[local_rank] if place.type == "cuda" else None)
+        dist.destroy_process_group()
+
+
+def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
+    """Run `function(*args)` in `ranks` processes of this machine, through torch's elastic launcher.
+
+    The exit code of the first rank that failed becomes this process's.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, function)(*args)
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
+
+
+class PreemptionNotice:
+    """Notice SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 and let all ranks agree on the step at which to stop.
+
+    A second signal stops at once. Used as a context manager; outside the main thread it notices nothing.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.given = False
+        self._former: dict[int, Any] = {}
+        self._flag: Tensor | None = None
+        self._work: Any = None
+
+    def __enter__(self) -> "PreemptionNotice":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._work is not None and sys.exc_info()[0] is None:
+            self._work.wait()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.given:
+            raise KeyboardInterrupt
+        self.given = True
+        if self.session.is_main:
+            name = signal.Signals(number).name
+            print(f"{name}: saving after this step, then leaving; once more to leave at once", file=sys.stderr)
+
+    def agreed(self) -> bool:
+        """Say whether any rank had notice by its last call; every rank gets the same answer, none waits for long.
+
+        The reduction asked for at one step is read at the next, when it has long arrived.
+        """
+        if self.session.world_size == 1:
+            return self.given
+        if self._work is not None:
+            self._work.wait()
+        answer = self._flag is not None and bool(self._flag.item())
+        self._flag = torch.tensor(float(self.given))
+        self._work = dist.all_reduce(self._flag, async_op=True)
+        return answer
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        result = tensor.clone()
+        dist.all_reduce(result, group=group)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sync_batch_norm(model: nn.Module, session: Session, group_size: int) -> None:
+    """Make every BatchNorm of `model` take its batch statistics over groups of `group_size` ranks, in place.
+
+    `group_size` 0 or 1 changes nothing. Raises ValueError where it does not divide the number of ranks.
+    The modules must offer `reduce_statistics`, as `models.layers.BatchNorm2d` does.
+    """
+    if group_size <= 1 or session.world_size == 1:
+        return
+    if session.world_size % group_size:
+        raise ValueError(f"sync_bn={group_size} does not divide the {session.world_size} ranks: choose a divisor")
+    group, _ = dist.new_subgroups(group_size)
+
+    def total(tensor: Tensor) -> Tensor:
+        return _SumOverGroup.apply(tensor, group)
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reduce_statistics = total  # type: ignore[assignment]

@@ -1,0 +1,1 @@
+"""Training, evaluation, checkpoints and logging: one loop for every recipe."""

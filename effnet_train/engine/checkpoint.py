@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or absent: written beside, synced, renamed; read without running code."""
+
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+
+BEST = "best.pt"
+_NAME = re.compile(r"step_(\d{9})\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is absent, unreadable, or of another kind."""
+
+
+class _Writer(Protocol):
+    def __call__(self, file: IO[bytes]) -> None: ...
+
+
+def write_atomically(path: Path, write: _Writer) -> None:
+    """Let `write` fill a temporary file, sync it to disk, and rename it to `path`: whole or not there at all.
+
+    On any error, a full disk among them, the file that stood at `path` is untouched.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to host memory. No code in the file is run. Raises CheckpointError, with the reason."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read as plain tensors: it is damaged, or holds code, which is never run"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({str(error).splitlines()[0]})") from error
+    if not isinstance(payload, dict) or "effnet_train" not in payload:
+        raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks the key 'effnet_train'")
+    return payload
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run's folder: `step_*.pt`, of which the last `keep` stay, and `best.pt`.
+
+    A save that fails is reported and tried again at the next; `max_failures` in a row end the run.
+    """
+
+    folder: Path
+    keep: int = 3
+    max_failures: int = 3
+    failures: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep}: at least 1 must stay, to resume from")
+
+    def steps(self) -> list[int]:
+        """Return the steps there are checkpoints of, oldest first."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step_*.pt"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of `step` lies."""
+        return self.folder / f"step_{step:09d}.pt"
+
+    def newest(self) -> dict[str, Any] | None:
+        """Read the newest good checkpoint, or return None where there is none; say so of each damaged one passed over.
+
+        Raises CheckpointError where all are damaged: starting anew is for the user to decide.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return load_checkpoint(self.path(step))
+            except CheckpointError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+        if steps:
+            raise CheckpointError(
+                f"all {len(steps)} checkpoints of {self.folder} are damaged: move the folder away to start anew"
+            )
+        return None
+
+    def save(self, payload: Mapping[str, Any]) -> None:
+        """Write the checkpoint of `payload["step"]` and drop the oldest ones."""
+        if self._write(self.path(payload["step"]), payload):
+            for step in self.steps()[: -self.keep]:
+                self.path(step).unlink(missing_ok=True)
+
+    def save_best(self, payload: Mapping[str, Any]) -> None:
+        """Write `best.pt`."""
+        self._write(self.folder / BEST, payload)
+
+    def _write(self, path: Path, payload: Mapping[str, Any]) -> bool:
+        try:
+            write_atomically(path, lambda file: torch.save(payload, file))
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            self.failures += 1
+            text = f"cannot write {path} ({error.strerror if isinstance(error, OSError) else error})"
+            if self.failures >= self.max_failures:
+                raise OSError(
+                    f"{text}, {self.failures} times in a row; the checkpoints before it are intact"
+                ) from error
+            print(f"warning: {text}; the one before is intact, training goes on", file=sys.stderr)
+            return False
+        self.failures = 0
+        return True
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the file meant by `path`: itself, or of a run's folder `best.pt`, else the newest step."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint={path} does not exist: give a .pt or .safetensors file, or a run's folder")
+    steps = Checkpoints(path).steps()
+    if (path / BEST).is_file():
+        return path / BEST
+    if steps:
+        return Checkpoints(path).path(steps[-1])
+    raise CheckpointError(f"checkpoint={path} holds neither {BEST} nor step_*.pt: is it a run's folder?")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights with all that is needed to use them: `meta` holds model, preprocess, classes, data, step."""
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+
+def load_weights(path: Path, which: str = "ema") -> Weights:
+    """Read the `ema` or the `raw` weights of a checkpoint, of a run's folder, or of an exported .safetensors."""
+    if which not in ("ema", "raw"):
+        raise ValueError(f"weights={which} is not known: use ema or raw")
+    file = find_checkpoint(path)
+    if file.suffix == ".safetensors":
+        return _load_safetensors(file)
+    payload = load_checkpoint(file)
+    meta = {**payload["meta"], "step": payload["step"]}
+    return Weights(payload["ema" if which == "ema" else "model"], meta)
+
+
+def _load_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("effnet_train")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
+    if header is None:
+        raise CheckpointError(f"{path} does not say which model it holds: its metadata lack 'effnet_train'")
+    return Weights(tensors, json.loads(header))
+
+
+def export_safetensors(path: Path, weights: Weights) -> None:
+    """Write weights to `path` and what they are to its header and to a JSON file beside it."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors.items()}
+    text = json.dumps(weights.meta, indent=2, sort_keys=True)
+    write_atomically(path, lambda file: _write_bytes(file, [save(tensors, {"effnet_train": text, "format": "pt"})]))
+    write_atomically(path.with_suffix(".json"), lambda file: _write_bytes(file, [text.encode(), b"\n"]))
+
+
+def _write_bytes(file: IO[bytes], parts: Iterable[bytes]) -> None:
+    for part in parts:
+        file.write(part)

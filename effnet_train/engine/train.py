@@ -1,0 +1,291 @@
+"""The one loop: every recipe, paper or follow-up, trains through here."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_train.data.loader import Batch
+from effnet_train.data.mixing import Mixing
+from effnet_train.data.preprocess import Preprocess, normalize
+from effnet_train.distributed import PreemptionNotice, Session, no_sync
+from effnet_train.engine.checkpoint import Checkpoints
+from effnet_train.engine.evaluate import Metrics, autocast, hits
+from effnet_train.engine.every import Every
+from effnet_train.engine.loggers import Logger
+from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.optim.schedules import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long to train, how fast, and when to look: pure functions of the step."""
+
+    num_images: int
+    batch_size: int
+    epochs: float
+    schedule: Schedule
+    log: Every
+    evaluate: Every
+    save: Every
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs} must be more than 0")
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Return images over batch size: a fraction, as in the authors' schedule."""
+        return self.num_images / self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        whole = math.ceil(Fraction(str(self.epochs)) * self.num_images / self.batch_size)
+        return whole if self.max_steps is None else min(whole, self.max_steps)
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of `step`, counted from 0."""
+        return self.schedule.lr(
+            step, batch_size=self.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=self.epochs
+        )
+
+    def epoch(self, step: int) -> float:
+        """Return how many times the training images have been read after `step` steps."""
+        return step * self.batch_size / self.num_images
+
+    def due(self, every: Every, step: int) -> bool:
+        """Say whether it is time for `every` after `step` steps; the end of the run is time for everything."""
+        return step == self.total_steps or every.due(step, self.batch_size, self.num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """One optimizer step on one batch of this rank."""
+
+    network: nn.Module  # the state's model, wrapped for several ranks
+    loss: nn.Module
+    preprocess: Preprocess
+    num_classes: int
+    precision: str = "fp32"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    mixing: Mixing = field(default_factory=Mixing)
+    session: Session = field(default_factory=Session)
+
+    def __call__(self, state: TrainState, batch: Batch, lr: float) -> None:
+        """Train `state` on `batch`. Nothing here waits for the device."""
+        *first, last = micro_batches(batch, self.accumulate)
+        with no_sync(self.network):
+            for part in first:
+                self._backward(state, part)
+        self._backward(state, last)
+        self.session.mean_(state.running_statistics)
+        if self.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.ema.update(state.step)
+
+    def _backward(self, state: TrainState, part: Batch) -> None:
+        device = self.session.device
+        images = normalize(part.images.to(device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
+        labels = part.labels.to(device, non_blocking=True)
+        images, targets = self.mixing(images, labels, part.keys, self.num_classes)
+        with autocast(device, self.precision):
+            logits = self.network(images, part.keys.to(device, non_blocking=True))
+            loss = self.loss(logits, targets)
+        state.scaler.scale(loss / self.accumulate).backward()
+        with torch.no_grad():
+            add_statistics(state.statistics, loss, logits, targets, state.step)
+
+
+def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
+    """Add one micro-batch to the sums of `no_statistics`, in place, without waiting for the device."""
+    labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+    count = torch.full_like(loss, len(labels))
+    bad_step = torch.where(loss.isfinite(), torch.inf, float(step))
+    sums = torch.stack([loss * count, hits(logits, labels, 1).to(loss.dtype), count])
+    statistics[:3] += sums
+    statistics[3] = torch.minimum(statistics[3], bad_step)
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield `count` equal, consecutive parts of a batch."""
+    size = len(batch.labels) // count
+    assert size * count == len(batch.labels)
+    for start in range(0, len(batch.labels), size):
+        part = slice(start, start + size)
+        yield Batch(batch.images[part], batch.labels[part], batch.keys[part], batch.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a training run; each was made elsewhere and knows nothing of the others."""
+
+    state: TrainState
+    plan: Plan
+    step: Stepper
+    batches: Callable[[int], Iterable[Batch]]  # from a step to the end
+    evaluate: Callable[[dict[str, nn.Module]], dict[str, Metrics]]
+    checkpoints: Checkpoints
+    meta: Mapping[str, Any]  # travels with the weights: model, preprocess, classes, data
+    select_by: str
+    loggers: Sequence[Logger] = ()
+    session: Session = field(default_factory=Session)
+
+
+def train(run: Run, notice: PreemptionNotice) -> bool:
+    """Train from the state's step to the last; return False where a signal asked to stop before, with all saved.
+
+    Raises FloatingPointError, on every rank, where the loss or a weight stops being finite.
+    """
+    state, plan = run.state, run.plan
+    clock = Clock()
+    stopped = notice.agreed()
+    _look(run, clock, stopped)  # an evaluation that the end of the last process cut off
+    batches = iter(run.batches(state.step)) if state.step < plan.total_steps and not stopped else iter(())
+    for batch in batches:
+        clock.got_data()
+        if state.step == 0 and run.loggers:
+            _log_images(run, batch)
+        run.step(state, batch, plan.lr(state.step))
+        clock.did_step(plan.batch_size, len(batch.errors))
+        stopped = notice.agreed()
+        _look(run, clock, stopped)
+        if stopped:
+            break
+    return state.step == plan.total_steps
+
+
+def _look(run: Run, clock: "Clock", stopped: bool) -> None:
+    """Log, evaluate and save, where it is time. After a resume nothing is new but an evaluation that was cut off."""
+    state, plan = run.state, run.plan
+    if clock.images and plan.due(plan.log, state.step):
+        _log_training(run, clock)
+    # A signal leaves little time: the evaluation that is due is then made on resuming.
+    evaluate = not stopped and state.evaluated < state.step and plan.due(plan.evaluate, state.step)
+    if evaluate:
+        _check_finite(run)
+        _evaluate(run)
+    if (clock.steps and (stopped or plan.due(plan.save, state.step))) or (evaluate and not clock.steps):
+        _check_finite(run)
+        payload = _payload(run)
+        if run.session.is_main:
+            run.checkpoints.save(payload)
+    clock.start()  # looking is not training: it does not count against images/s
+
+
+def _log_training(run: Run, clock: "Clock") -> None:
+    state, plan = run.state, run.plan
+    total = state.statistics.clone()
+    run.session.sum_(total[:3])
+    run.session.min_(total[3:])
+    state.statistics.copy_(no_statistics(total.device))
+    loss_sum, correct, images, bad_step = total.tolist()
+    if math.isfinite(bad_step):
+        raise _not_finite(run, int(bad_step), "the loss")
+    values = {
+        "train/loss": loss_sum / images,
+        "train/top1": correct / images,
+        "train/lr": plan.lr(state.step - 1),
+        **clock.rates(),
+    }
+    for logger in run.loggers:
+        logger.scalars(state.step, values, epoch=plan.epoch(state.step))
+
+
+def _check_finite(run: Run) -> None:
+    bad_step = run.session.min_(run.state.statistics[3:].clone()).item()
+    if math.isfinite(bad_step):
+        raise _not_finite(run, int(bad_step), "the loss")
+    if not run.state.is_finite():
+        raise _not_finite(run, run.state.step, "a weight")
+
+
+def _not_finite(run: Run, step: int, what: str) -> FloatingPointError:
+    steps = run.checkpoints.steps()
+    kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
+    return FloatingPointError(
+        f"{what} is not a finite number at step {step} (epoch {run.plan.epoch(step):.2f}, "
+        f"lr={run.plan.lr(step):.4g}); {kept}. Lower schedule.lr_per_256, lengthen schedule.warmup_epochs, "
+        "set clip_norm=1, or use precision=bf16 or fp32"
+    )
+
+
+def _evaluate(run: Run) -> None:
+    """Score raw and averaged weights, log both, and keep the best."""
+    state = run.state
+    results = run.evaluate({"val": state.model, "val_ema": state.ema.module})
+    values: dict[str, float] = {}
+    for name, metrics in results.items():
+        values |= metrics.scalars(name)
+    state.evaluated = state.step
+    for logger in run.loggers:
+        logger.scalars(state.step, values, epoch=run.plan.epoch(state.step))
+    if run.select_by not in values:
+        raise ValueError(f"select_by={run.select_by} is not one of {', '.join(values)}")
+    sign = -1 if run.select_by.endswith("loss") else 1
+    score = values[run.select_by]
+    if not state.best or sign * score > sign * state.best[run.select_by]:
+        state.best = {"step": state.step, **values}
+        payload = _payload(run)
+        if run.session.is_main:
+            run.checkpoints.save_best(payload)
+
+
+def _payload(run: Run) -> dict[str, Any]:
+    return {"effnet_train": 1, "meta": dict(run.meta), **run.state.state_dict(run.session)}
+
+
+def _log_images(run: Run, batch: Batch) -> None:
+    for logger in run.loggers:
+        logger.images(run.state.step, "train/images", batch.images[:32].numpy())
+
+
+class Clock:
+    """Time spent training since the last log line, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.images = self.skipped = 0
+        self._seconds = self._waited = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start timing a step; what went before it does not count."""
+        self._mark = time.perf_counter()
+
+    def got_data(self) -> None:
+        """Note that the batch is here."""
+        self._waited += time.perf_counter() - self._mark
+
+    def did_step(self, images: int, skipped: int) -> None:
+        """Note that a step over `images` images of all ranks was asked of the device."""
+        self._seconds += time.perf_counter() - self._mark
+        self.steps += 1
+        self.images += images
+        self.skipped += skipped
+
+    def rates(self) -> dict[str, float]:
+        """Return the rates since the last call and start anew."""
+        seconds = max(self._seconds, 1e-9)
+        values = {"train/images_per_s": self.images / seconds, "train/data_wait": self._waited / seconds}
+        if self.skipped:
+            values["train/skipped"] = float(self.skipped)
+        self._forget()
+        return values

@@ -1,0 +1,1 @@
+"""What turns gradients into weights: schedules, parameter groups, losses, the moving average."""
