@@ -1,10 +1,12 @@
 """The only user of torch.distributed: ranks, the session, exact reductions, synchronised BatchNorm, preemption."""
 
+import logging
 import os
 import signal
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -84,10 +86,13 @@ class Session:
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # BatchNorm's statistics are averaged by the step itself (`mean_`), so that every rank holds the same.
-        return DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
-        )
+        with warnings.catch_warnings():
+            # Its successor, forward_sync_buffers, is not in all the versions of torch that we work with.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            # BatchNorm's statistics are averaged by the step itself (`mean_`), so that every rank holds the same.
+            return DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
@@ -154,6 +159,7 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
 
     The exit code of the first rank that failed becomes this process's.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -168,11 +174,19 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
         start_method="spawn",
         monitor_interval=0.1,
     )
+    # Each rank tells of its own failure, once; the launcher would repeat it with tracebacks of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, function)(*args)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        if first.exitcode < 0:
+            print(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}", file=sys.stderr)
         raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
+    except SignalException as error:
+        # The ranks had the same signal, and time to save.
+        print(f"stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
+        raise SystemExit(PREEMPTED_EXIT_CODE) from None
 
 
 class PreemptionNotice:

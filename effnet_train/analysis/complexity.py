@@ -66,7 +66,8 @@ def complexity(model: nn.Module, resolution: int) -> Complexity:
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(model).__name__
     costs = tuple(
-        Cost(name, _count(part), flops.get(f"{root}.{name}", 0) // 2, activations[name]) for name, part in parts.items()
+        Cost(name, _count(part), _flops(f"{root}.{name}", part, flops) // 2, activations[name])
+        for name, part in parts.items()
     )
     return Complexity(_count(model), counter.get_total_flops() // 2, sum(activations.values()), costs)
 
@@ -87,10 +88,21 @@ def training_memory(model: nn.Module, resolution: int, batch_size: int, *, activ
     images = torch.empty(batch_size, 3, resolution, resolution, device="meta")
     with _mode(model, training=True), live:
         live.count(images)
-        functional_call(model, state, images).sum().backward()
+        functional_call(_Step(model), {f"model.{name}": tensor for name, tensor in state.items()}, images)
     weights = sum(tensor.nbytes for tensor in state.values() if tensor.is_floating_point())
     trained = sum(parameter.nbytes for parameter in parameters)
     return weights * 2 + trained * 3 + live.peak * activation_bytes
+
+
+class _Step(nn.Module):
+    """Go forward and back in one call, so that blocks computed twice find the stand-ins the second time too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> None:
+        self.model(images).sum().backward()
 
 
 class _LiveNumbers(TorchDispatchMode):
@@ -103,10 +115,10 @@ class _LiveNumbers(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf.untyped_storage()) not in inputs:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.untyped_storage() not in inputs:
                 self.count(leaf)
         return outputs
 
@@ -134,6 +146,13 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{i}", stage) for i, stage in child.named_children())
         else:
             yield name, child
+
+
+def _flops(name: str, module: nn.Module, flops: dict[str, int]) -> int:
+    """Look up a module's count; one that is never called itself, like a list of blocks, has its children's."""
+    if name in flops:
+        return flops[name]
+    return sum(_flops(f"{name}.{child_name}", child, flops) for child_name, child in module.named_children())
 
 
 def _count(module: nn.Module) -> int:

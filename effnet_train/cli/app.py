@@ -4,8 +4,10 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
@@ -39,6 +41,18 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
             fail(text)
 
     return main
+
+
+def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` as a rank that the elastic launcher started, its errors told as `command` tells them."""
+    try:
+        function(*args)
+    except Exception as error:
+        text = user_message(error, config)
+        if text is not None:
+            fail(text)
+        traceback.print_exc()
+        raise SystemExit(1) from error
 
 
 def fail(text: str) -> None:
@@ -78,7 +92,7 @@ def _instantiation(error: InstantiationException) -> str | None:
     key = f" (in {where[1]})" if where else ""
     if isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
         return f"{cause}{key}: remove that key"
-    if isinstance(cause, ValueError | OSError | ImportError):
+    if isinstance(cause, TypeError | ValueError | OSError | ImportError):
         return f"{cause}{key}"
     return None if cause is not None else str(error).strip()
 

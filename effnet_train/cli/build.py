@@ -86,6 +86,31 @@ def build_plan(cfg: DictConfig, num_images: int) -> Plan:
     return plan
 
 
+# What has no constructor of its own to check it: the kinds of value of the top-level keys.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "epochs": (int, float),
+    "ema_decay": (int, float),
+    "max_steps": (int, type(None)),
+    "clip_norm": (int, float, type(None)),
+    **dict.fromkeys(("batch_size", "accumulate", "sync_bn", "seed", "eval_batch_size"), (int,)),
+    **dict.fromkeys(("compile", "channels_last", "deterministic", "dry_run"), (bool,)),
+}
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check the top-level keys, and what can be known before any rank starts. Raises ValueError."""
+    for key, kinds in _KINDS.items():
+        value = cfg[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{key}={value!r} must be of type {names}")
+    for key, least in (("max_steps", 1), ("eval_batch_size", 1), ("sync_bn", 0), ("seed", 0)):
+        if cfg[key] is not None and cfg[key] < least:
+            raise ValueError(f"{key}={cfg[key]} must be at least {least}")
+    if cfg.clip_norm is not None and cfg.clip_norm <= 0:
+        raise ValueError(f"clip_norm={cfg.clip_norm} must be more than 0, or null for no clipping")
+
+
 def check_batch(batch_size: int, ranks: int, accumulate: int, *, pairs: bool) -> None:
     """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
     if accumulate < 1:
@@ -116,6 +141,15 @@ def resolve_workers(workers: int | str, device: torch.device) -> int:
         return int(workers)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, cores if device.type == "cuda" else cores // 4)
+
+
+def set_threads(threads: int | str) -> None:
+    """Set the CPU threads of this rank's arithmetic; `auto` leaves what the session chose."""
+    if threads == "auto":
+        return
+    if int(threads) < 1:
+        raise ValueError(f"threads={threads} must be auto, or 1 or more")
+    torch.set_num_threads(int(threads))
 
 
 def set_determinism(deterministic: bool, device: torch.device) -> None:

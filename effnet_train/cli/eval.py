@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import command, fail, user_message
+from effnet_train.cli.app import command, run_rank
 
 
 def task(cfg: DictConfig) -> None:
@@ -30,17 +30,7 @@ def task(cfg: DictConfig) -> None:
     if distributed.launched() or ranks == 1:
         evaluate_rank(config, device)
     else:
-        distributed.launch(_evaluate_spawned_rank, config, device, ranks=ranks)
-
-
-def _evaluate_spawned_rank(config: dict[str, Any], device: str) -> None:
-    try:
-        evaluate_rank(config, device)
-    except Exception as error:
-        text = user_message(error, "eval")
-        if text is None:
-            raise
-        fail(text)
+        distributed.launch(run_rank, "eval", evaluate_rank, config, device, ranks=ranks)
 
 
 def evaluate_rank(config: dict[str, Any], device: str) -> None:

@@ -1,5 +1,6 @@
 """`dry_run=true`: what a run would be, from its configuration alone; nothing is written."""
 
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from effnet_train.distributed import Session, resolve_ranks
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Stepper
 from effnet_train.optim.ema import EMA
+
+# A step that takes longer than this is measured on no more images.
+_PATIENCE_S = 0.3
 
 
 def describe(cfg: DictConfig, folder: Path, device: str) -> str:
@@ -35,6 +39,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     cost = complexity(meta_model, size)
     micro = cfg.batch_size // ranks // cfg.accumulate
     memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
+    scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     rate, timed = _images_per_s(cfg, classes, precision, session, micro)
     hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
     rows = [
@@ -50,7 +55,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("precision", f"{precision} on {device}"),
         ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
         ("learning rate", _learning_rates(plan)),
-        ("memory", f"about {memory / 2**30:.2f} GiB a rank (weights, gradients, optimizer, average, activations)"),
+        ("memory", f"about {memory / 2**30:.2f} GiB a rank: weights, gradients, optimizer, average, activations{scarce}"),
         ("time", f"about {_duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
@@ -78,7 +83,6 @@ def _learning_rates(plan: Plan) -> str:
 def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session, micro: int) -> tuple[float, str]:
     """Time the real step on this device, on as many random images as are quick to compute."""
     size = cfg.data.preprocess.resolution
-    count = max(2, min(micro, 8 if session.device.type == "cpu" else micro) // 2 * 2)
     model = build.build_model(cfg.model, classes)
     model = build.place(model, session.device, channels_last=cfg.channels_last).train()
     state = TrainState(
@@ -96,16 +100,27 @@ def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Sessio
         precision=precision,
         session=session,
     )
-    images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
-    batch = Batch(images, torch.arange(count) % classes, torch.arange(count), [])
-    step(state, batch, 0.0)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        step(state, batch, 0.0)
-        state.statistics.tolist()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return count / sorted(times)[1], f"the step timed here on {count} images"
+    count, seconds = min(2, micro), 0.0
+    while True:
+        images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
+        batch = Batch(images, torch.arange(count) % classes, torch.arange(count), [])
+        times = []
+        for _ in range(1 if seconds > _PATIENCE_S else 3):  # the first of each size warms up
+            start = time.perf_counter()
+            step(state, batch, 0.0)
+            state.statistics.tolist()  # waits for the device
+            times.append(time.perf_counter() - start)
+        seconds = min(times)
+        if count == micro or seconds > _PATIENCE_S:
+            return count / seconds, f"the step timed here on {count} images"
+        count = min(micro, count * 4)
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _duration(hours: float) -> str:

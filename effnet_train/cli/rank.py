@@ -37,6 +37,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     precision = build.resolve_precision(cfg.precision, session.device)
+    build.set_threads(cfg.threads)
     build.set_determinism(cfg.deterministic, session.device)
     mixing = instantiate(cfg.mixing)
     build.check_batch(cfg.batch_size, session.world_size, cfg.accumulate, pairs=mixing.enabled)

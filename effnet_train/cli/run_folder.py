@@ -25,6 +25,7 @@ FREE = (
     "ranks",
     "run_root",
     "save_every",
+    "threads",
     "workers",
 )
 # Overrides that are part of the folder's name already, or have no part in it.

@@ -6,14 +6,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import command, fail, user_message
+from effnet_train.cli.app import command, run_rank
 
 
 def task(cfg: DictConfig) -> None:
     """Plan, or claim the run's folder and train in as many processes as there are ranks."""
     from effnet_train import distributed
-    from effnet_train.cli import run_folder
+    from effnet_train.cli import build, run_folder
 
+    build.check_values(cfg)
     folder = run_folder.run_folder(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     device = distributed.resolve_device(cfg.device)
@@ -26,17 +27,7 @@ def task(cfg: DictConfig) -> None:
     if distributed.launched() or ranks == 1:
         train_rank(config, str(folder), device)
     else:
-        distributed.launch(_train_spawned_rank, config, str(folder), device, ranks=ranks)
-
-
-def _train_spawned_rank(config: dict[str, Any], folder: str, device: str) -> None:
-    try:
-        train_rank(config, folder, device)
-    except Exception as error:
-        text = user_message(error, "train")
-        if text is None:
-            raise
-        fail(text)
+        distributed.launch(run_rank, "train", train_rank, config, str(folder), device, ranks=ranks)
 
 
 def train_rank(config: dict[str, Any], folder: str, device: str) -> None:

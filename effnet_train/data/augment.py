@@ -67,8 +67,8 @@ def inception_crop(
     """Draw the crop (left, top, width, height) of an image; None where the central crop is to be used instead.
 
     TensorFlow's sample_distorted_bounding_box with the whole image as its box, 10 attempts: the aspect is uniform, and
-    so is the *height*, between those of the least and the most area. PyTorch's RandomResizedCrop draws a uniform
-    area and a uniform logarithm of the aspect: its crops are smaller.
+    so is the *height*, between those of the least and the most area. PyTorch's RandomResizedCrop draws a uniform area
+    and a uniform logarithm of the aspect: on average 0.43 of a 500 x 375 image, where this is 0.38.
     """
     low, high = np.float32(aspect[0]), np.float32(aspect[1])
     for _ in range(_ATTEMPTS):

@@ -1,5 +1,6 @@
 """Data sets: what to train on, what to select on, what to report, and how pixels reach the model."""
 
+import difflib
 import os
 import shutil
 import tempfile
@@ -97,8 +98,13 @@ def torchvision_splits(
     """
     from torchvision import datasets
 
+    if dataset not in datasets.__all__:
+        near = difflib.get_close_matches(dataset, datasets.__all__) or datasets.__all__
+        raise ValueError(f"data.dataset={dataset} is no class of torchvision.datasets: did you mean {', '.join(near)}?")
+    kind = getattr(datasets, dataset)
+
     def load(splits: Sequence[Mapping[str, Any]]) -> TorchvisionSource:
-        return TorchvisionSource([_load(getattr(datasets, dataset), root, dict(split)) for split in splits])
+        return TorchvisionSource([_load(kind, root, dict(split)) for split in splits])
 
     sources = [load(train), load(val)]
     _check_counts(root, sources, expected)
@@ -114,9 +120,10 @@ def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
         # Downloads print progress bars; a folder that is already there is an error for some of these classes.
         return kind(root, **arguments, download=True)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(
             f"data.root={root} does not hold {kind.__name__} ({arguments}), and downloading it failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): put the files of torchvision.datasets."
+            f"({reason}): put the files of torchvision.datasets."
             f"{kind.__name__} under {Path(root).absolute()}, or run once where there is a network"
         ) from error
 
@@ -169,7 +176,11 @@ def _write_digits(root: Path) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[index]).save(folder / f"{index:04d}.png")
         os.chmod(unfinished, 0o755)
-        unfinished.rename(root)
-    except BaseException:
+        try:
+            unfinished.rename(root)
+        except OSError:
+            # Another run may have been quicker: what it wrote is the same.
+            if not root.is_dir():
+                raise
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise

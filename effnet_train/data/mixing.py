@@ -53,6 +53,7 @@ class Mixing:
         drawn = torch.tensor([self.draw(key, height, width) for key in keys[::2].tolist()], dtype=torch.float32)
         if images.is_cuda:
             drawn = drawn.pin_memory()
+        # Each (pairs, 1, 1, 1), to meet rows and columns.
         share, top, left, bottom, right = drawn.to(images.device, non_blocking=True)[:, :, None, None, None].unbind(1)
         rows = torch.arange(height, device=images.device)[:, None]
         columns = torch.arange(width, device=images.device)
@@ -63,7 +64,7 @@ class Mixing:
         mixed = torch.lerp(pairs.flip(1), pairs, weight).flatten(0, 1)
         classes = torch.arange(num_classes, device=labels.device)
         one_hot = (labels[:, None] == classes).to(torch.float32).unflatten(0, (-1, 2))
-        targets = torch.lerp(one_hot.flip(1), one_hot, share[:, :, 0, 0, :]).flatten(0, 1)
+        targets = torch.lerp(one_hot.flip(1), one_hot, share[:, 0]).flatten(0, 1)
         return mixed, targets
 
     def draw(self, key: int, height: int, width: int) -> tuple[float, int, int, int, int]:

@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """`root/<class>/**/<image>`: classes in sorted order, images in sorted order within them.
+    """`root/<class>/**/<image>`: classes in sorted order, images in sorted order within them; hidden names are left out.
 
     Names and labels lie in three tensors, not in a Python list: a million paths cost what their letters cost, and
     worker processes share them instead of copying.
@@ -85,9 +85,11 @@ def _class_names(root: Path) -> tuple[str, ...]:
 def _images_below(folder: str, prefix: str) -> Iterable[bytes]:
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name[0] == ".":
+                continue
             if entry.is_dir():
                 yield from _images_below(entry.path, os.path.join(prefix, entry.name))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != ".":
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 yield os.fsencode(os.path.join(prefix, entry.name))
 
 

@@ -48,8 +48,15 @@ def image_grid(images: np.ndarray, padding: int = 2) -> np.ndarray:
     return grid
 
 
-def _rows_until(path: Path, lines: Iterable[str], step: int, step_of: Callable[[str], int]) -> list[str]:
-    """Keep the lines of finished steps, and none for step 0: a run that starts again says everything again."""
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        return list(file)
+
+
+def _until(step: int, lines: Iterable[str], step_of: Callable[[str], int], path: Path) -> list[str]:
+    """Keep the lines of finished steps."""
     kept, damaged = [], 0
     for line in lines:
         try:
@@ -59,18 +66,11 @@ def _rows_until(path: Path, lines: Iterable[str], step: int, step_of: Callable[[
             row_step = None
         if row_step is None:
             damaged += 1
-        elif step > 0 and row_step <= step:
+        elif row_step <= step:
             kept.append(line)
     if damaged:
         warnings.warn(f"{path}: left out {damaged} line(s) that an interruption had damaged", stacklevel=2)
     return kept
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        return list(file)
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -90,7 +90,8 @@ class JsonlLogger:
     def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
         """Cut what is later than `step`, and append from there."""
         path = run_dir / self.filename
-        kept = _rows_until(path, _lines(path), step, lambda line: int(json.loads(line)["step"]))
+        lines = _lines(path) if step else []
+        kept = _until(step, lines, lambda line: int(json.loads(line)["step"]), path)
         _replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
@@ -122,13 +123,17 @@ class CsvLogger:
         self._file: TextIO | None = None
 
     def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
-        """Cut what is later than `step` and the columns that are empty then, and append from there."""
+        """Cut what is later than `step`, and append from there."""
         self._path = run_dir / self.filename
-        lines = _lines(self._path)
-        kept = _rows_until(self._path, lines[1:], step, lambda line: int(line.partition(",")[0]))
-        rows = list(csv.DictReader(lines[:1] + kept))
-        filled = {column for row in rows for column, cell in row.items() if cell}
-        self._rewrite(["step", "epoch", *(c for c in next(csv.reader(lines[:1]), [])[2:] if c in filled)], rows)
+        header, *lines = (_lines(self._path) if step else []) or ["step,epoch\n"]
+        columns = next(csv.reader([header]))
+
+        def step_of(line: str) -> int:
+            cells = dict(zip(columns, next(csv.reader([line])), strict=True))  # a ValueError where some are missing
+            return int(cells["step"])
+
+        kept = _until(step, lines, step_of, self._path)
+        self._rewrite(columns, list(csv.DictReader([header, *kept])))
 
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
         """Append a row, and write the table anew where it needs more columns."""
@@ -152,7 +157,7 @@ class CsvLogger:
         self.close()
         temporary = self._path.with_name(self._path.name + ".tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self._path)

@@ -32,7 +32,7 @@ class ProgressLogger:
         self._total_steps = int(config["total_steps"])
         self._epochs = float(config["epochs"])
         self._start_step, self._start_time = step, monotonic()
-        self._epochs_said = _whole(self._epochs * step / max(1, self._total_steps))
+        self._epochs_said: int | None = None
         if sys.stderr.isatty() if self.bar is None else self.bar:
             self._tqdm = tqdm(
                 total=self._total_steps,
@@ -47,6 +47,8 @@ class ProgressLogger:
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
         """Move the bar, and print a line where one is due."""
         self._latest |= values
+        if self._epochs_said is None:  # Those before the start were said then.
+            self._epochs_said = _whole(epoch * self._start_step / max(1, step))
         if self._tqdm is not None:
             words = [f"{_epoch(epoch)}/{self._epochs:g}", *_short(self._latest, self._left(step))]
             self._tqdm.set_description_str("  ".join(words), refresh=False)

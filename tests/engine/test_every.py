@@ -7,8 +7,10 @@ from hydra.utils import instantiate
 from effnet_train.engine.every import Every
 
 
-@pytest.mark.parametrize("epochs", [1, 0.1, 2.4, 0.05, 7])
-@pytest.mark.parametrize(("batch_size", "num_images"), [(4096, 20_000), (128, 1000), (7, 100), (100, 100), (64, 50)])
+@pytest.mark.parametrize("epochs", [1, 0.1, 1.1, 2.4, 0.05, 7])
+@pytest.mark.parametrize(
+    ("batch_size", "num_images"), [(4096, 20_000), (128, 1000), (7, 100), (10, 100), (100, 100), (64, 50)]
+)
 def test_epochs_are_due_at_the_first_step_that_reaches_each_multiple(epochs, batch_size, num_images):
     last = 300
     period = Fraction(str(epochs)) * num_images / batch_size  # in steps

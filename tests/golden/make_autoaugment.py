@@ -21,8 +21,8 @@ import tensorflow as tf
 
 FILL = [128, 128, 128]
 FACTORS = (0.1, 0.28, 0.64, 1.0, 1.18, 1.72, 1.9, 2.8)
-DEGREES = tuple(sign * 3.0 * level for level in range(11) for sign in (1, -1)) + (45.0,)
-SHEARS = tuple(sign * (level / 10 * 0.3) for level in range(11) for sign in (1, -1)) + (0.45,)
+DEGREES = (*(sign * 3.0 * level for level in range(11) for sign in (1, -1)), 45.0)
+SHEARS = (*(sign * (level / 10 * 0.3) for level in range(11) for sign in (1, -1)), 0.45)
 PIXELS = (0.0, 25.0, -25.0, 225.0, -225.0, 12.5, -12.5, 10.0, -10.0, 3.0, -3.0)
 LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 17, 28)
 
@@ -64,10 +64,10 @@ def load(path):
 
 def images():
     """Return noise; waves; and a dull one, whose red is constant and whose green never is 0 nor 255."""
-    y, x = np.mgrid[0:32, 0:28]
+    y, x = np.mgrid[0:24, 0:20]
     waves = [127.5 + 127.5 * np.sin(x / (3 + c) + y / (5 - c) + c) for c in range(3)]
     dull = [np.full_like(x, 77), 60 + (3 * x + y) % 130, (x * y) % 200]
-    noise = np.random.default_rng(0).integers(0, 256, (24, 20, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (16, 12, 3))
     return {name: np.asarray(p).astype(np.uint8) for name, p in
             (("noise", noise), ("waves", np.stack(waves, 2)), ("dull", np.stack(dull, 2)))}  # fmt: skip
 
@@ -84,23 +84,23 @@ def main():
 
     def run(name, image, *arguments):
         # In a graph, as the authors ran it.
-        return tf.function(lambda: authors.NAME_TO_FUNC[name](image, *arguments), autograph=False)().numpy()
+        function = tf.function(lambda pixels: authors.NAME_TO_FUNC[name](pixels, *arguments), autograph=False)
+        return function(tf.constant(image)).numpy()
 
-    found = {f"image/{name}": image for name, image in images().items()}
     cases = [(name,) for name in ("AutoContrast", "Equalize", "Invert")]
     cases += [("Posterize", bits) for bits in (0, 1, 2, 3, 4, 6, 10, 11)]
     cases += [("Solarize", threshold) for threshold in (0, 51, 76, 204, 256, 384, 716)]
     cases += [("SolarizeAdd", addition) for addition in (0, 33, 77, 110, 165)]
     cases += [(name, f) for name in ("Color", "Contrast", "Brightness", "Sharpness") for f in FACTORS]
-    for case in cases:
-        for name, image in images().items():
-            found["/".join(map(str, (case[0], *case[1:], name)))] = run(case[0], image, *case[1:])
+    found = {}
+    for name, image in images().items():
+        found[name] = image
+        found[f"{name}/results"] = np.stack([run(case[0], image, *case[1:]) for case in cases])
     geometry = [("Rotate", v) for v in DEGREES] + [(n, v) for n in ("ShearX", "ShearY") for v in SHEARS]
     geometry += [(name, pixels) for name in ("TranslateX", "TranslateY") for pixels in PIXELS]
     checksums = {}
     for name, value in geometry:
-        found[f"{name}/{value}/waves"] = run(name, images()["waves"], value, FILL)
-        for size in ((224, 224), (150, 201)):
+        for size in ((24, 20), (224, 224), (150, 201)):
             result = run(name, coordinates(*size), value, FILL)
             checksums["/".join(map(str, (name, value, *size)))] = zlib.crc32(result.tobytes())
     magnitudes = {}
@@ -113,6 +113,7 @@ def main():
     meta = {
         "versions": {"tensorflow": tf.__version__, "numpy": np.__version__},
         "source": "tensorflow/tpu, models/official/efficientnet/autoaugment.py",
+        "cases": cases,
         "policy_v0": authors.policy_v0(),
         "checksums": checksums,
         "magnitudes": magnitudes,

@@ -1,0 +1,189 @@
+"""Every operation, level and policy against the authors' code run by TensorFlow."""
+
+import json
+import math
+import random
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effnet_train.data import autoaugment
+from effnet_train.data.autoaugment import AutoAugment, RandAugment
+from effnet_train.data.keys import rng
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "autoaugment.npz")
+META = json.loads(str(GOLDEN["meta"]))
+FUNCTIONS = {
+    "AutoContrast": autoaugment.autocontrast,
+    "Equalize": autoaugment.equalize,
+    "Invert": autoaugment.invert,
+    "Rotate": autoaugment.rotate,
+    "Posterize": autoaugment.posterize,
+    "Solarize": autoaugment.solarize,
+    "SolarizeAdd": autoaugment.solarize_add,
+    "Color": autoaugment.color,
+    "Contrast": autoaugment.contrast,
+    "Brightness": autoaugment.brightness,
+    "Sharpness": autoaugment.sharpness,
+    "ShearX": autoaugment.shear_x,
+    "ShearY": autoaugment.shear_y,
+    "TranslateX": autoaugment.translate_x,
+    "TranslateY": autoaugment.translate_y,
+    "Cutout": autoaugment.cutout,
+}
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def results(case: list) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return (image, ours, TensorFlow's) for each golden image."""
+    place = META["cases"].index(case)
+    images = [(GOLDEN[name], GOLDEN[f"{name}/results"][place]) for name in ("noise", "waves", "dull")]
+    return [(i, np.asarray(FUNCTIONS[case[0]](Image.fromarray(i), *case[1:])), expected) for i, expected in images]
+
+
+@pytest.mark.parametrize("case", META["cases"], ids=str)
+def test_pixels_equal_tensorflows(case: list) -> None:
+    for _, found, expected in results(case):
+        assert (found == expected).all()
+
+
+@pytest.mark.parametrize("name", ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"])
+def test_geometry_equals_tensorflows_to_the_pixel(name: str) -> None:
+    checks = {key: value for key, value in META["checksums"].items() if key.startswith(f"{name}/")}
+    assert len(checks) >= 33
+    for key, checksum in checks.items():
+        value, height, width = key.split("/")[1:]
+        # Every pixel tells where it came from.
+        y, x = np.mgrid[0 : int(height), 0 : int(width)]
+        image = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], 2).astype(np.uint8))
+        found = FUNCTIONS[name](image, float(value), 128)
+        assert zlib.crc32(found.tobytes()) == checksum, key
+
+
+@pytest.mark.parametrize("scale", ["250/100", "100/40"])
+def test_levels_give_the_authors_magnitudes(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    translate, cutout = map(int, scale.split("/"))
+    seen: list[tuple] = []
+    for function in FUNCTIONS.values():
+        monkeypatch.setattr(autoaugment, function.__name__, lambda image, *arguments: seen.append(arguments))
+    image, generator = noise(8, 8), random.Random(0)
+    for key, expected in META["magnitudes"].items():
+        if key.startswith(scale):
+            name, level = key.split("/")[2:]
+            seen.clear()
+            autoaugment._OPERATIONS[name](image, float(level), generator, autoaugment._Scale(translate, cutout, 128))
+            assert [abs(value) for value in seen[0][: len(expected)]] == expected, key
+
+
+def test_policy_v0_and_the_operations_are_the_authors() -> None:
+    assert AutoAugment().policy == tuple(tuple(tuple(op) for op in pair) for pair in META["policy_v0"])
+    assert set(autoaugment._OPERATIONS) == {key.split("/")[2] for key in META["magnitudes"]}
+    assert len(autoaugment._OPERATIONS) == 16
+
+
+def test_colour_has_tensorflows_weights_at_every_grey() -> None:
+    # trunc(0.2989 r + 0.587 g + 0.114 b) / 255 * 255.5, exactly, in whole numbers.
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3))
+    grey = pixels @ np.array([2989, 5870, 1140]) * 511 // 5_100_000
+    found = np.asarray(autoaugment.color(Image.fromarray(pixels.astype(np.uint8)), 0.0))
+    assert np.abs(found[..., 0] - grey).max() <= 1
+    assert (found[..., 0] != grey).mean() < 1e-4
+
+
+def test_no_bits_are_one_and_a_threshold_of_256_inverts() -> None:
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    assert set(np.unique(np.asarray(autoaugment.posterize(ramp, 0)))) == {0, 128}
+    assert (np.asarray(autoaugment.solarize(ramp, 256)) == 255 - np.asarray(ramp)).all()
+
+
+def test_cutout_fills_the_square_and_is_cut_at_the_border() -> None:
+    image = Image.new("RGB", (20, 10))
+    found = np.asarray(autoaugment.cutout(image, 3, (1, 5), 128))[..., 0]
+    expected = np.zeros((10, 20))
+    expected[2:8, 0:4] = 128
+    assert (found == expected).all()
+    assert not np.asarray(image).any()
+    assert not np.asarray(autoaugment.cutout(image, 0, (1, 5), 128)).any()
+
+
+def test_pairs_are_equally_likely_and_probabilities_and_signs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter = Counter()
+    signs: Counter = Counter()
+    # Levels tell the pairs apart.
+    policy = [[["Rotate", 0.8, 1 + pair], ["Solarize", 0.25, 1 + pair]] for pair in range(5)]
+    monkeypatch.setattr(
+        autoaugment,
+        "rotate",
+        lambda image, d, fill: (counts.update([round(abs(d) / 3)]), signs.update([d > 0]), image)[2],
+    )
+    monkeypatch.setattr(autoaugment, "solarize", lambda image, t: (counts.update([("s", t)]), image)[1])
+    transform, image, draws = AutoAugment(policy), noise(4, 4), 20_000
+    for key in range(draws):
+        transform(image, rng(key))
+
+    def expected(count: int, probability: float) -> bool:
+        return abs(count - draws * probability) < 5 * math.sqrt(draws * probability * (1 - probability))
+
+    for pair in range(5):
+        assert expected(counts[1 + pair], 0.2 * 0.8)
+        assert expected(counts["s", int((1 + pair) / 10 * 256)], 0.2 * 0.25)
+    assert expected(signs[True], 0.4)
+    assert expected(signs[False], 0.4)
+
+
+def test_probability_0_is_never_and_1_always() -> None:
+    image = noise(8, 8)
+    never, always = AutoAugment([[["Invert", 0.0, 0]]]), AutoAugment([[["Invert", 1.0, 0]]])
+    assert all(never(image, rng(key)).tobytes() == image.tobytes() for key in range(200))
+    assert all(always(image, rng(key)).tobytes() != image.tobytes() for key in range(200))
+
+
+def test_randaugment_draws_every_operation_evenly_at_its_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter = Counter()
+
+    def count(name: str):
+        return lambda image, level, rng, scale: (counts.update([(name, level)]), image)[1]
+
+    monkeypatch.setattr(autoaugment, "_OPERATIONS", {name: count(name) for name in autoaugment._OPERATIONS})
+    transform, image = RandAugment(layers=3, magnitude=17), noise(4, 4)
+    for key in range(4000):
+        transform(image, rng(key))
+    assert {level for _, level in counts} == {17}
+    assert len(counts) == 16
+    assert all(abs(n - 750) < 5 * math.sqrt(750) for n in counts.values())
+
+
+@pytest.mark.parametrize("transform", [AutoAugment(), RandAugment(3, 10), RandAugment(2, 28)])
+def test_any_image_goes_through(transform: AutoAugment | RandAugment) -> None:
+    for size in ((1, 1), (2, 3), (33, 17)):
+        for key in range(150):
+            found = transform(noise(*size), rng(key))
+            assert found.size == size
+            assert found.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("v1", "augment.policy='v1': give v0, or a list"),
+        ([], "augment.policy is an empty list"),
+        ([[["Rotat", 0.5, 3]]], "augment.policy: there is no operation 'Rotat', only AutoContrast, Equalize"),
+        ([[["Rotate", 1.5, 3]]], "Rotate with probability 1.5 and level 3.0; the probability must be in"),
+        ([[["Rotate", 0.5, -3]]], "Rotate with probability 0.5 and level -3.0"),
+    ],
+)
+def test_wrong_policies_are_named(policy: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AutoAugment(policy)  # type: ignore[arg-type]
+
+
+def test_wrong_randaugment_is_named() -> None:
+    with pytest.raises(ValueError, match=r"augment.policy.layers=0 must be at least 1"):
+        RandAugment(0)

@@ -1,0 +1,108 @@
+"""The evaluation crop against the authors' arithmetic, normalisation against torchvision."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from effnet_train.data.preprocess import Preprocess, central_box, crop_and_resize, eval_image, normalize
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "crops.npz"
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_central_crop_has_the_side_that_tensorflow_computes() -> None:
+    golden = np.load(GOLDEN)
+    for resolution, sides in zip(golden["resolutions"].tolist(), golden["sides"], strict=True):
+        preprocess = Preprocess(resolution)
+        found = [central_box(s, s + 10, preprocess)[2:] for s in golden["shorter"].tolist()]
+        assert found == [(side, side) for side in np.maximum(sides, 1).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "box"),
+    [
+        ((500, 375), 32, (86, 24, 328, 328)),  # 375 * 224 / 256 = 328.1; (500 - 328 + 1) // 2, (375 - 328 + 1) // 2
+        ((375, 500), 32, (24, 86, 328, 328)),
+        ((256, 256), 32, (16, 16, 224, 224)),
+        ((257, 256), 32, (17, 16, 224, 224)),
+        ((500, 375), 0, (63, 0, 375, 375)),
+        ((1, 40), 32, (0, 20, 1, 1)),
+    ],
+)
+def test_central_crop_lies_where_the_authors_put_it(
+    size: tuple[int, int], padding: int, box: tuple[int, int, int, int]
+) -> None:
+    assert central_box(*size, Preprocess(224, crop_padding=padding)) == box
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
+def test_eval_image_equals_torchvision_on_the_same_crop(interpolation: str) -> None:
+    image = noise(150, 100)
+    preprocess = Preprocess(64, crop_padding=32, interpolation=interpolation)
+    left, top, side, _ = central_box(150, 100, preprocess)
+    mode = InterpolationMode(interpolation)
+    expected = tv.resized_crop(image, top, left, side, side, [64, 64], interpolation=mode)
+    found = eval_image(image, preprocess)
+    assert found.dtype == np.uint8
+    assert found.flags.writeable
+    assert (found == np.asarray(expected)).all()
+
+
+def test_pixels_outside_the_crop_do_not_bleed_in() -> None:
+    pixels = np.full((60, 60, 3), 255, dtype=np.uint8)
+    pixels[20:40, 20:40] = 0
+    found = crop_and_resize(Image.fromarray(pixels), (20, 20, 20, 20), Preprocess(50))
+    assert not np.asarray(found).any()
+
+
+def test_normalize_equals_torchvision_and_stays_channels_last() -> None:
+    preprocess = Preprocess(24)
+    images = torch.randint(0, 256, (2, 24, 20, 3), dtype=torch.uint8)
+    found = normalize(images, preprocess.mean, preprocess.std)
+    expected = tv.normalize(images.permute(0, 3, 1, 2) / 255, list(preprocess.mean), list(preprocess.std))
+    assert found.shape == (2, 3, 24, 20)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    again = normalize(images, torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+    assert torch.equal(found, again)
+
+
+def test_lite_normalisation_is_within_reach() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    found = normalize(images, [127 / 255] * 3, [128 / 255] * 3)
+    expected = (images.permute(0, 3, 1, 2).float() - 127) / 128
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_survives_json_and_pickle_and_hashes() -> None:
+    preprocess = Preprocess(300, mean=[0.5, 0.5, 0.5], std=[1, 1, 1], interpolation="bilinear")  # type: ignore[arg-type]
+    assert Preprocess(**json.loads(json.dumps(preprocess.to_dict()))) == preprocess
+    assert pickle.loads(pickle.dumps(preprocess)) == preprocess
+    assert hash(preprocess) == hash(Preprocess(300, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), interpolation="bilinear"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"resolution": 0}, "preprocess.resolution=0 must be a whole number of at least 1"),
+        ({"resolution": 22.5}, "preprocess.resolution=22.5 must be a whole number"),
+        ({"crop_padding": -1}, "preprocess.crop_padding=-1 must be a whole number of at least 0"),
+        ({"mean": [0.5]}, r"preprocess.mean=\[0.5\] must have three values"),
+        ({"std": [1, 0, 1]}, r"preprocess.std=\[1.0, 0.0, 1.0\] must be positive"),
+        ({"interpolation": "area"}, "preprocess.interpolation='area' is none of bicubic, bilinear, nearest, lanczos"),
+    ],
+)
+def test_wrong_values_are_named(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**{"resolution": 224, **wrong})

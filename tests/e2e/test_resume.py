@@ -1,0 +1,149 @@
+"""Stop it anywhere, run the same command: the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_train.engine.checkpoint import load_checkpoint
+
+Train = Callable[..., Path]
+VARYING = ("train/images_per_s", "train/data_wait")  # what depends on the clock
+
+
+def state(folder: Path, step: int) -> dict[str, Any]:
+    return load_checkpoint(folder / f"step_{step:09d}.pt")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in VARYING} for line in lines]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare nested plain values and tensors, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="paper"),
+        pytest.param(("augment=autoaugment", "precision=bf16", "accumulate=2", "clip_norm=1.0"), id="bf16-accumulate"),
+        pytest.param(("mixing.mixup_alpha=0.2", "mixing.cutmix_alpha=1.0", "optim=sgd", "schedule=cosine"), id="mixing"),
+        pytest.param(("workers=2", "model.checkpointing=true", "log_every.steps=3", "precision=fp16"), id="workers-fp16"),
+    ],
+)
+def test_stop_and_resume_gives_the_same_bits(train: Train, overrides: tuple[str, ...]) -> None:
+    whole = train("whole", *overrides)
+    train("parts", *overrides, "max_steps=2")
+    parts = train("parts", *overrides)
+    assert same(state(whole, 4), state(parts, 4))
+    assert not same(state(whole, 2)["model"], state(whole, 4)["model"])
+    for name in ("best.pt", "model.safetensors"):
+        assert (whole / name).exists()
+        assert (parts / name).exists()
+    assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
+
+
+def test_resume_in_the_middle_of_an_epoch_and_of_a_log_interval(train: Train) -> None:
+    """Epochs of 11.2 steps, stops at steps 1, 4 and 9, log lines every 5: rows and bits are those of one run."""
+    options = ("epochs=2", "batch_size=128", "log_every.steps=5", "evaluate_every.steps=6", "save_every.steps=1")
+    whole = train("whole", *options, "max_steps=13")
+    for stop in (1, 4, 9, 13):
+        parts = train("parts", *options, f"max_steps={stop}")
+    assert same(state(whole, 13), state(parts, 13))
+    # The end of each part is evaluated and logged too; what one run has must be there, once.
+    ours = rows(parts)
+    steps = [(row["step"], "val/top1" in row) for row in ours]
+    assert len(steps) == len(set(steps))
+    for row in rows(whole):
+        if "val/top1" in row:
+            assert row in ours
+
+
+def test_a_truncated_checkpoint_is_passed_over(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train("whole")
+    reference = state(whole, 4)
+    newest = whole / "step_000000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    train("whole")
+    assert "step_000000004.pt is damaged" in capsys.readouterr().err
+    assert same(reference, state(whole, 4))
+
+
+def test_all_checkpoints_damaged_is_an_error(train: Train) -> None:
+    folder = train("whole")
+    for path in folder.glob("step_*.pt"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"all 2 checkpoints of .* are damaged"):
+        train("whole")
+
+
+def test_a_folder_of_another_configuration_is_refused(train: Train) -> None:
+    folder = train("one")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"model\.dropout was 0\.2, now 0\.3.*name="):
+        train("one", "model.dropout=0.3")
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    script = Path(sys.executable).with_name("effnet-train")
+    fixed = ("recipe=demo", "device=cpu", "model.width=0.25", "save_every.steps=10", "save_every.epochs=null")
+    return subprocess.Popen(
+        [str(script), *fixed, "max_steps=60", "run_root=.", *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_terminated_for_real(tmp_path: Path, ranks: int) -> None:
+    """SIGKILL, then SIGTERM, then to the end: the checkpoint of a run that nobody disturbed."""
+    options = (f"ranks={ranks}", "loggers=none")
+    undisturbed = start(tmp_path, *options, "name=whole")
+    _, errors = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, errors
+
+    killed = start(tmp_path, *options, "name=parts")
+    wait_for(lambda: (tmp_path / "parts" / "step_000000010.pt").exists(), killed)
+    killed.kill()
+    killed.communicate()
+
+    terminated = start(tmp_path, *options, "name=parts")
+    wait_for(lambda: (tmp_path / "parts" / "step_000000030.pt").exists(), terminated)
+    terminated.send_signal(signal.SIGTERM)
+    _, errors = terminated.communicate(timeout=120)
+    assert terminated.returncode == 75, errors
+    assert "the same command goes on" in errors
+
+    finished = start(tmp_path, *options, "name=parts")
+    _, errors = finished.communicate(timeout=240)
+    assert finished.returncode == 0, errors
+    assert same(state(tmp_path / "whole", 60), state(tmp_path / "parts", 60))
