@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class DecodeError(ValueError):
@@ -18,6 +18,9 @@ def decode(data: bytes | Image.Image) -> Image.Image:
     """
     try:
         return _rgb(Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data)
+    except UnidentifiedImageError as error:
+        # Pillow's own message names the buffer by its address in memory.
+        raise DecodeError("the file holds no image of a known kind") from error
     # Pillow's readers of broken files raise whatever they stumble over: TypeError and struct.error are among it.
     except Exception as error:
         raise DecodeError(f"{type(error).__name__}: {error}") from error

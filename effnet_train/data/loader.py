@@ -117,7 +117,9 @@ def train_batches(
     for batch in _loader(images, _TrainBatches(order, start, stop), workers, pin):  # type: ignore[arg-type]
         _raise_errors(batch, data.on_error)
         if len(batch.labels) < order.batch_size // order.world_size:
-            raise DataError(f"{_SUBSTITUTES} images in a row cannot be read, the last {batch.errors[-1]}")
+            raise DataError(
+                f"{_SUBSTITUTES} images in a row cannot be read, the last {batch.errors[-1]}; mend or remove them"
+            )
         yield batch
 
 

@@ -32,10 +32,10 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """`root/<class>/**/<image>`: classes in sorted order, images in sorted order within them; hidden names are left out.
+    """`root/<class>/**/<image>`: classes in sorted order, images in sorted order within them.
 
-    Names and labels lie in three tensors, not in a Python list: a million paths cost what their letters cost, and
-    worker processes share them instead of copying.
+    Hidden files and folders are left out. Names and labels lie in three tensors, not in a Python list: a million paths
+    cost what their letters cost, and worker processes share them instead of copying.
     """
 
     def __init__(self, root: str | Path) -> None:

@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ def write_atomically(path: Path, write: _Writer) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to host memory. No code in the file is run. Raises CheckpointError, with the reason."""
     try:
+        _check_sums(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist") from error
@@ -59,11 +61,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} cannot be read as plain tensors: it is damaged, or holds code, which is never run"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"checkpoint {path} is damaged ({reason[0]})") from error
     if not isinstance(payload, dict) or "effnet_train" not in payload:
         raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks the key 'effnet_train'")
     return payload
+
+
+def _check_sums(path: Path) -> None:
+    """Hold every part of torch's zip file against its checksum, which reading alone does not do."""
+    if not zipfile.is_zipfile(path):
+        return  # torch says what else it may be
+    with zipfile.ZipFile(path) as archive:
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
 
 
 @dataclass

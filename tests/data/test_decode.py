@@ -55,7 +55,7 @@ def test_sixteen_bit_tiff_is_scaled(order):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_thirty_two_bits_are_refused(dtype):
-    with pytest.raises(DecodeError, match="pixels of 32 bits .* have no agreed range: save the image with 8 bits"):
+    with pytest.raises(DecodeError, match=r"pixels of 32 bits .* have no agreed range: save the image with 8 bits"):
         decode(encoded(Image.fromarray(np.ones((3, 3), dtype=dtype)), "TIFF"))
 
 
@@ -85,7 +85,7 @@ def test_first_frame_of_an_animation():
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"not an image, whatever its name", b"<html>404</html>" * 50])
 def test_what_is_no_image(data):
-    with pytest.raises(DecodeError, match="UnidentifiedImageError: cannot identify image file"):
+    with pytest.raises(DecodeError, match=r"^the file holds no image of a known kind$"):
         decode(data)
 
 

@@ -43,7 +43,7 @@ def test_ranks_share_the_batch_of_one(num_images, part, ranks, seed, step):
 @given(num_images=SIZES, batch_size=st.integers(1, 100), seed=SEEDS)
 def test_no_two_draws_share_a_key(num_images, batch_size, seed):
     steps = -(-4 * num_images // batch_size)
-    indices, keys = stream(Order(num_images, batch_size, seed), steps)
+    _, keys = stream(Order(num_images, batch_size, seed), steps)
     assert len(set(keys.tolist())) == len(keys) == steps * batch_size
     assert keys.min() >= 0
     # Other seeds give other keys to the same samples.
@@ -121,5 +121,5 @@ def test_batch_that_ranks_do_not_divide(batch_size, ranks, hint):
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="the training set has no images: check data.root"):
+    with pytest.raises(ValueError, match=r"the training set has no images: check data\.root"):
         Order(0, 4, 0)

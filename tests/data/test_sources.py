@@ -136,9 +136,9 @@ def test_class_without_images_is_named(tmp_path, paths):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Return a folder of 20,000 empty files."""
+    """Return a folder of 5,000 empty files."""
     root = tmp_path_factory.mktemp("many")
-    for name in range(20):
+    for name in range(5):
         folder = root / f"class{name:02d}"
         folder.mkdir()
         for number in range(1000):
@@ -147,23 +147,23 @@ def many(tmp_path_factory):
 
 
 def test_paths_cost_what_their_letters_cost(many):
-    letters = 20_000 * len("class00/image_00000000.jpg")
+    letters = 5_000 * len("class00/image_00000000.jpg")
     gc.collect()
     tracemalloc.start()
     source = FolderSource(many)
     used = [trace.size for trace in tracemalloc.take_snapshot().traces]
     tracemalloc.stop()
-    assert len(source) == 20_000
+    assert len(source) == 5_000
     # A handful of buffers: not an object for each path.
     assert len(used) < 500
     # Letters (the buffer grows by an eighth ahead), the ends and labels, and a little.
-    assert sum(used) < letters * 1.25 + 20_000 * 12 + 50_000
+    assert sum(used) < letters * 1.25 + 5_000 * 12 + 50_000
 
 
 def test_workers_share_the_names(many):
     source = FolderSource(many)
     try:
-        sent = ForkingPickler.dumps(Subset(source, np.arange(0, 20_000, 2)))
+        sent = ForkingPickler.dumps(Subset(source, np.arange(0, 5_000, 2)))
     finally:
         resource_sharer.stop(timeout=5)
     assert len(sent) < 5_000

@@ -44,8 +44,12 @@ def same(one: Any, other: Any) -> bool:
     [
         pytest.param((), id="paper"),
         pytest.param(("augment=autoaugment", "precision=bf16", "accumulate=2", "clip_norm=1.0"), id="bf16-accumulate"),
-        pytest.param(("mixing.mixup_alpha=0.2", "mixing.cutmix_alpha=1.0", "optim=sgd", "schedule=cosine"), id="mixing"),
-        pytest.param(("workers=2", "model.checkpointing=true", "log_every.steps=3", "precision=fp16"), id="workers-fp16"),
+        pytest.param(
+            ("mixing.mixup_alpha=0.2", "mixing.cutmix_alpha=1.0", "optim=sgd", "schedule=cosine"), id="mixing"
+        ),
+        pytest.param(
+            ("workers=2", "model.checkpointing=true", "log_every.steps=3", "precision=fp16"), id="workers-fp16"
+        ),
     ],
 )
 def test_stop_and_resume_gives_the_same_bits(train: Train, overrides: tuple[str, ...]) -> None:
@@ -132,12 +136,12 @@ def test_killed_and_terminated_for_real(tmp_path: Path, ranks: int) -> None:
     assert undisturbed.returncode == 0, errors
 
     killed = start(tmp_path, *options, "name=parts")
-    wait_for(lambda: (tmp_path / "parts" / "step_000000010.pt").exists(), killed)
+    wait_for((tmp_path / "parts" / "step_000000010.pt").exists, killed)
     killed.kill()
     killed.communicate()
 
     terminated = start(tmp_path, *options, "name=parts")
-    wait_for(lambda: (tmp_path / "parts" / "step_000000030.pt").exists(), terminated)
+    wait_for((tmp_path / "parts" / "step_000000030.pt").exists, terminated)
     terminated.send_signal(signal.SIGTERM)
     _, errors = terminated.communicate(timeout=120)
     assert terminated.returncode == 75, errors

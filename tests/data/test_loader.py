@@ -1,0 +1,279 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from effnet_train.data.augment import Augment
+from effnet_train.data.autoaugment import AutoAugment
+from effnet_train.data.datasets import Data, image_folders
+from effnet_train.data.decode import decode
+from effnet_train.data.loader import DataError, eval_batches, train_batches
+from effnet_train.data.order import Order
+from effnet_train.data.preprocess import Preprocess, eval_image
+
+PREPROCESS = Preprocess(16)
+MORE_WORKERS_THAN_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+AUGMENT = Augment(policy=AutoAugment(), erase=0.3)
+
+
+class Numbers:
+    """Images whose grey value and label tell their index; those in `broken` are no images."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, count, broken=()):
+        self.count, self.broken = count, set(broken)
+        self.asked = []
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index):
+        self.asked.append(index)
+        return b"broken" if index in self.broken else Image.new("RGB", (8, 8), (index,) * 3), index % 3
+
+    def name(self, index):
+        return f"numbers[{index}]"
+
+
+def numbers(count, broken=(), on_error="raise"):
+    source = Numbers(count, broken)
+    return Data(source, source, None, Preprocess(4), on_error)
+
+
+def seen(batch):
+    """Return the indices of the images of a batch of `Numbers`."""
+    return batch.images[:, 0, 0, 0].tolist()
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        for part in ("images", "labels", "keys"):
+            assert torch.equal(getattr(one, part), getattr(other, part)), part
+            assert getattr(one, part).dtype == getattr(other, part).dtype
+        assert one.errors == other.errors
+
+
+def corrupt(data, index, content=b"broken"):
+    Path(data.train.name(index)).write_bytes(content)
+
+
+# --- training ---
+
+
+@MORE_WORKERS_THAN_CORES
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_do_not_depend_on_workers(image_root, workers):
+    data = image_folders(str(image_root), preprocess=PREPROCESS, on_error="skip")
+    for index in (4, 11):
+        corrupt(data, index)
+    order = Order(len(data.train), 5, 0)
+
+    def read(workers):
+        return list(train_batches(data, AUGMENT, order, start=0, stop=8, workers=workers))
+
+    expected = read(0)
+    assert sum(len(batch.errors) for batch in expected) >= 4
+    assert_same(read(workers), expected)
+
+
+def test_workers_read_a_relative_folder_after_a_change_of_folder(image_root, monkeypatch):
+    monkeypatch.chdir(image_root.parent)
+    data = image_folders(image_root.name, preprocess=PREPROCESS)
+    order = Order(len(data.train), 6, 0)
+    assert len(list(train_batches(data, AUGMENT, order, start=0, stop=2, workers=1))) == 2
+
+
+def test_start_goes_on_where_another_run_stopped(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+
+    def read(start, stop):
+        return list(train_batches(data, AUGMENT, Order(len(data.train), 4, 3), start=start, stop=stop))
+
+    whole = read(0, 12)
+    for start in (1, 4, 5, 11):
+        assert_same(read(start, 12), whole[start:])
+    # The same images again in the second epoch, but augmented otherwise: equal batches above are no accident.
+    assert not torch.equal(whole[0].images, whole[9].images)
+    assert list(train_batches(data, AUGMENT, Order(18, 4, 3), start=5, stop=5)) == []
+
+
+def test_a_batch_is_the_order_decoded_and_augmented(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    order = Order(len(data.train), 6, 1)
+    for step, batch in enumerate(train_batches(data, AUGMENT, order, start=0, stop=4)):
+        indices, keys = order.batch(step)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (6, 16, 16, 3)
+        assert batch.keys.tolist() == keys.tolist()
+        assert batch.labels.tolist() == [data.train.read(index)[1] for index in indices]
+        for pixels, index, key in zip(batch.images, indices, keys, strict=True):
+            expected = AUGMENT(decode(data.train.read(index)[0]), PREPROCESS, int(key))
+            np.testing.assert_array_equal(pixels.numpy(), expected)
+
+
+def test_ranks_share_the_batches_of_one(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+
+    def read(rank, world_size):
+        order = Order(len(data.train), 6, 0, rank=rank, world_size=world_size)
+        return list(train_batches(data, AUGMENT, order, start=0, stop=4))
+
+    for whole, *parts in zip(read(0, 1), *(read(rank, 3) for rank in range(3)), strict=True):
+        for name in ("images", "labels", "keys"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+# --- evaluation ---
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+    world_size=st.integers(1, 6),
+    broken=st.sets(st.integers(0, 39)),
+)
+def test_each_image_is_read_once_over_all_ranks(count, batch_size, world_size, broken):
+    data = numbers(count, broken, on_error="skip")
+    found, labels, errors = [], [], []
+    for rank in range(world_size):
+        for batch in eval_batches(data.val, data, batch_size=batch_size, rank=rank, world_size=world_size):
+            assert 0 < len(batch.labels) + len(batch.errors) <= batch_size
+            assert len(batch.images) == len(batch.labels) == len(batch.keys)
+            found += seen(batch)
+            labels += batch.labels.tolist()
+            errors += batch.errors
+    assert sorted(data.val.asked) == list(range(count))
+    assert sorted(found) == [index for index in range(count) if index not in broken]
+    assert labels == [index % 3 for index in found]
+    assert sorted(error.partition(":")[0] for error in errors) == sorted(f"numbers[{i}]" for i in broken if i < count)
+
+
+@MORE_WORKERS_THAN_CORES
+@pytest.mark.parametrize("workers", [1, 3])
+def test_evaluation_does_not_depend_on_workers(image_root, workers):
+    data = image_folders(str(image_root), preprocess=PREPROCESS, on_error="skip")
+    Path(data.val.name(2)).write_bytes(b"broken")
+    expected = list(eval_batches(data.val, data, batch_size=5))
+    assert sum(len(batch.labels) for batch in expected) == len(data.val) - 1
+    assert_same(list(eval_batches(data.val, data, batch_size=5, workers=workers)), expected)
+
+
+def test_evaluation_takes_the_central_crop(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    images = torch.cat([batch.images for batch in eval_batches(data.val, data, batch_size=5)])
+    expected = [eval_image(decode(data.val.read(i)[0]), PREPROCESS) for i in range(len(data.val))]
+    np.testing.assert_array_equal(images.numpy(), np.stack(expected))
+
+
+def test_more_ranks_than_images():
+    data = numbers(2)
+    shares = [[seen(b) for b in eval_batches(data.val, data, batch_size=4, rank=r, world_size=3)] for r in range(3)]
+    assert shares == [[[0]], [[1]], []]
+
+
+def test_batch_of_broken_images_alone():
+    data = numbers(6, broken=(2, 3), on_error="skip")
+    batches = list(eval_batches(data.val, data, batch_size=2))
+    assert [seen(batch) for batch in batches] == [[0, 1], [], [4, 5]]
+    assert batches[1].images.shape == (0, 4, 4, 3)
+    assert len(batches[1].errors) == 2
+
+
+# --- images that cannot be read ---
+
+REMEDY = "mend or remove it, or set data.on_error=skip to go on without it"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "the file holds no image"), (b"GET / HTTP", "the file holds no image"), (None, "truncated")],
+)
+def test_corrupt_image_is_named(image_root, workers, content, reason):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    path = image_root / "train/bee/a.jpg"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    order = Order(len(data.train), 6, 0)
+    with pytest.raises(DataError, match=rf"cannot read the image {path}: .*{reason}.*; {REMEDY}"):
+        list(train_batches(data, AUGMENT, order, start=0, stop=3, workers=workers))
+    with pytest.raises(DataError, match=rf"cannot read the image {path}: .*{reason}.*; {REMEDY}"):
+        list(eval_batches(data.train, data, batch_size=4, workers=workers))
+
+
+def test_vanished_image_is_named(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    (image_root / "train/cow/c.JPEG").unlink()
+    with pytest.raises(DataError, match=rf"{image_root}/train/cow/c.JPEG: .*No such file or directory.*; {REMEDY}"):
+        list(train_batches(data, AUGMENT, Order(18, 6, 0), start=0, stop=3))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_forbidden_image_is_named(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    (image_root / "train/cow/c.JPEG").chmod(0)
+    with pytest.raises(DataError, match=rf"{image_root}/train/cow/c.JPEG: .*Permission denied.*; {REMEDY}"):
+        list(eval_batches(data.train, data, batch_size=4))
+
+
+def test_next_image_takes_a_corrupt_ones_place():
+    broken = {3, 7, 8, 19}
+    data = numbers(20, broken, on_error="skip")
+    augment = Augment(area=None, flip=0)
+    order = Order(20, 5, 0)
+    for step, batch in enumerate(train_batches(data, augment, order, start=0, stop=8)):
+        indices, keys = order.batch(step)
+        # 8 is broken too, and after the last comes the first.
+        expected = [{3: 4, 7: 9, 8: 9, 19: 0}.get(index, index) for index in indices.tolist()]
+        assert seen(batch) == expected
+        assert batch.labels.tolist() == [index % 3 for index in expected]
+        assert batch.keys.tolist() == keys.tolist()
+        assert len(batch.errors) == sum({3: 1, 7: 2, 8: 1, 19: 1}.get(index, 0) for index in indices.tolist())
+
+
+def test_nine_corrupt_images_in_a_row_are_passed_over_and_ten_are_too_many():
+    augment, order = Augment(area=None, flip=0), Order(30, 30, 0)
+    data = numbers(30, broken=range(5, 14), on_error="skip")
+    (batch,) = train_batches(data, augment, order, start=0, stop=1)
+    assert sorted(seen(batch)).count(14) == 10
+
+    data = numbers(30, broken=range(5, 15), on_error="skip")
+    with pytest.raises(
+        DataError, match=r"10 images in a row cannot be read, the last numbers\[\d+\]: .*; mend or remove"
+    ):
+        list(train_batches(data, augment, order, start=0, stop=1))
+
+
+def test_fewer_images_than_substitutes():
+    data = numbers(3, broken=(0, 1), on_error="skip")
+    (batch,) = train_batches(data, Augment(area=None, flip=0), Order(3, 3, 0), start=0, stop=1)
+    assert seen(batch) == [2, 2, 2]
+
+
+def test_other_errors_are_not_taken_for_corrupt_images():
+    class Faulty(Numbers):
+        def read(self, index):
+            raise KeyError("a mistake of ours")
+
+    data = Data(Faulty(3), Faulty(3), None, Preprocess(4), "skip")
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        list(eval_batches(data.val, data, batch_size=2))
+
+
+def test_a_reader_that_stops_early_leaves_no_workers(image_root):
+    import multiprocessing
+
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    batches = train_batches(data, AUGMENT, Order(18, 3, 0), start=0, stop=1000, workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    del batches
+    assert multiprocessing.active_children() == []

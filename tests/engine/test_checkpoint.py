@@ -1,0 +1,146 @@
+"""A checkpoint is whole, or it is not there; and reading one runs nothing."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_train.engine.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Weights,
+    export_safetensors,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    write_atomically,
+)
+
+META = {"model": {"_target_": "m"}, "preprocess": {"mean": [0.5, 0.25, 0.1]}, "classes": ["a", "b"], "data": {}}
+
+
+def payload(step: int = 3) -> dict[str, Any]:
+    model = {"w": torch.full((64, 64), float(step)), "n": torch.tensor(7)}
+    ema = {"w": torch.full((64, 64), step + 0.5), "n": torch.tensor(7)}
+    return {"effnet_train": 1, "step": step, "model": model, "ema": ema, "meta": META}
+
+
+def test_the_last_k_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 100):
+        checkpoints.save(payload(step))
+    assert checkpoints.steps() == [10, 100]
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest["step"] == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000010.pt", "step_000000100.pt"]
+
+
+def test_an_interrupted_write_leaves_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def half(file: Any) -> None:
+        file.write(b"aft")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failing_save_is_told_and_ends_the_run_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, max_failures=3)
+    checkpoints.save(payload(1))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        checkpoints.save(payload(2))
+        checkpoints.save(payload(3))
+        assert "No space left on device" in capsys.readouterr().err
+        with pytest.raises(OSError, match=r"No space left on device.*3 times in a row.*intact"):
+            checkpoints.save(payload(4))
+    assert checkpoints.steps() == [1]
+    checkpoints.save(payload(5))
+    assert checkpoints.failures == 0
+    assert checkpoints.steps() == [1, 5]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "bits"])
+def test_a_damaged_newest_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(payload(1))
+    checkpoints.save(payload(2))
+    path = checkpoints.path(2)
+    data = bytearray(path.read_bytes())
+    if damage == "bits":
+        middle = len(data) // 4
+        data[middle] ^= 0xFF
+    path.write_bytes({"truncated": data[: len(data) // 2], "emptied": b"", "bits": data}[damage])
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest["step"] == 1
+    assert "step_000000002.pt is damaged" in capsys.readouterr().err
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "created"
+    torch.save({"effnet_train": 1, "x": Hostile(target)}, tmp_path / "hostile.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(target), protocol=2))
+    for name in ("hostile.pt", "plain.pt"):
+        with pytest.raises(CheckpointError, match=r"damaged, or holds code, which is never run"):
+            load_checkpoint(tmp_path / name)
+    assert not target.exists()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of effnet_train"):
+        load_checkpoint(tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError, match=r"neither best\.pt nor step_"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_weights(tmp_path / "model.safetensors")
+
+
+def test_a_folder_means_its_best_or_its_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(payload(1))
+    checkpoints.save(payload(2))
+    assert find_checkpoint(tmp_path) == checkpoints.path(2)
+    checkpoints.save_best(payload(1))
+    assert find_checkpoint(tmp_path).name == "best.pt"
+
+
+def test_raw_and_averaged_weights_and_the_export_agree(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save_best(payload(3))
+    ema, raw = load_weights(tmp_path), load_weights(tmp_path, "raw")
+    assert ema.tensors["w"][0, 0] == 3.5
+    assert raw.tensors["w"][0, 0] == 3.0
+    export_safetensors(tmp_path / "model.safetensors", Weights(ema.tensors, ema.meta))
+    again = load_weights(tmp_path / "model.safetensors")
+    assert again.meta == {**META, "step": 3} == ema.meta
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in ema.tensors.items())
+    with pytest.raises(ValueError, match="weights=best is not known: use ema or raw"):
+        load_weights(tmp_path, "best")
