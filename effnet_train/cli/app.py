@@ -5,12 +5,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -31,16 +34,28 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
         # With this set Hydra raises its errors instead of printing them: we print them, with the closest names.
         traceback_wanted = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(task)
-        try:
-            run()
-        except Exception as error:
-            text = user_message(error, config)
-            if text is None or traceback_wanted:
-                raise
-            fail(text)
+
+        def guarded(cfg: DictConfig) -> None:
+            with _told(config, traceback_wanted or HydraConfig.get().mode == RunMode.MULTIRUN):
+                task(cfg)
+
+        # Once more around Hydra: for its own errors, and for those of a sweep, whose other runs have gone on.
+        with _told(config, traceback_wanted):
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(guarded)()
 
     return main
+
+
+@contextmanager
+def _told(config: str, traceback_wanted: bool) -> Iterator[None]:
+    """Turn the errors that a user can mend into a message and SystemExit."""
+    try:
+        yield
+    except Exception as error:
+        text = None if traceback_wanted else user_message(error, config)
+        if text is None:
+            raise
+        fail(text)
 
 
 def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
@@ -89,9 +104,7 @@ def user_message(error: BaseException, config: str) -> str | None:
 def _instantiation(error: InstantiationException) -> str | None:
     cause = error.__cause__
     where = re.search(r"full_key: (\S+)", str(error))
-    key = f" (in {where[1]})" if where else ""
-    if isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
-        return f"{cause}{key}: remove that key"
+    key = f" (in {where[1]})" if where and f"{where[1]}." not in str(cause) else ""
     if isinstance(cause, TypeError | ValueError | OSError | ImportError):
         return f"{cause}{key}"
     return None if cause is not None else str(error).strip()
@@ -111,11 +124,13 @@ def _closest_key(text: str, config: str) -> str:
         return text.strip()
     key = found[1].split("@")[0]
     names = _known_keys(config)
+    if key in names:
+        return f"{key} is not a key of this configuration: one of the groups chosen has none, see --cfg job"
     close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
     if not close:  # a right leaf in a wrong place
         leaf = key.rpartition(".")[2]
-        close = [name for name in names if name.rpartition(".")[2] == leaf][:3]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"--cfg job prints all keys; +{key}=... adds a new one"
+        close = [name for name in names if name.rpartition(".")[2].startswith(leaf)][:3]
+    hint = f"did you mean {' or '.join(close)}?" if close else "--cfg job prints all keys"
     return f"{key} is not a key of the configuration: {hint}"
 
 

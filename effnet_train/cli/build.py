@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from effnet_train.data.datasets import Data
@@ -60,9 +60,9 @@ def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over `model`'s parameter groups; the step sets the learning rate."""
-    arguments = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(arguments, dict)
-    groups = param_groups(model, float(arguments.pop("weight_decay", 0.0)))
+    arguments = cfg.copy()  # which still knows its place in the configuration, for messages
+    with open_dict(arguments):
+        groups = param_groups(model, arguments.pop("weight_decay", 0.0))
     return instantiate(arguments, groups, lr=0.0, _convert_="all")
 
 
@@ -73,9 +73,9 @@ def build_plan(cfg: DictConfig, num_images: int) -> Plan:
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
         schedule=instantiate(cfg.schedule),
-        log=Every(**cfg.log_every),
-        evaluate=Every(**cfg.evaluate_every),
-        save=Every(**cfg.save_every),
+        log=_every(cfg, "log_every"),
+        evaluate=_every(cfg, "evaluate_every"),
+        save=_every(cfg, "save_every"),
         max_steps=cfg.max_steps,
     )
     if cfg.schedule.warmup_epochs >= plan.epochs and cfg.schedule.warmup_epochs > 0:
@@ -86,40 +86,23 @@ def build_plan(cfg: DictConfig, num_images: int) -> Plan:
     return plan
 
 
-# What has no constructor of its own to check it: the kinds of value of the top-level keys.
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "epochs": (int, float),
-    "ema_decay": (int, float),
-    "max_steps": (int, type(None)),
-    "clip_norm": (int, float, type(None)),
-    **dict.fromkeys(("batch_size", "accumulate", "sync_bn", "seed", "eval_batch_size"), (int,)),
-    **dict.fromkeys(("compile", "channels_last", "deterministic", "dry_run"), (bool,)),
-}
+def _every(cfg: DictConfig, key: str) -> Every:
+    try:
+        return Every(**cfg[key])
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Check the top-level keys, and what can be known before any rank starts. Raises ValueError."""
-    for key, kinds in _KINDS.items():
-        value = cfg[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{key}={value!r} must be of type {names}")
-    for key, least in (("max_steps", 1), ("eval_batch_size", 1), ("sync_bn", 0), ("seed", 0)):
-        if cfg[key] is not None and cfg[key] < least:
-            raise ValueError(f"{key}={cfg[key]} must be at least {least}")
-    if cfg.clip_norm is not None and cfg.clip_norm <= 0:
-        raise ValueError(f"clip_norm={cfg.clip_norm} must be more than 0, or null for no clipping")
-
-
-def check_batch(batch_size: int, ranks: int, accumulate: int, *, pairs: bool) -> None:
+def check_batch(cfg: DictConfig, ranks: int) -> None:
     """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be 1 or more")
-    parts = ranks * accumulate * (2 if pairs else 1)
-    if batch_size < 1 or batch_size % parts:
-        near = max(1, round(batch_size / parts)) * parts
-        why = f"{ranks} ranks x accumulate={accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
-        raise ValueError(f"batch_size={batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}")
+    pairs = instantiate(cfg.mixing).enabled
+    parts = ranks * cfg.accumulate * (2 if pairs else 1)
+    if cfg.batch_size % parts:
+        near = max(1, round(cfg.batch_size / parts)) * parts
+        why = f"{ranks} ranks x accumulate={cfg.accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
+        raise ValueError(
+            f"batch_size={cfg.batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}"
+        )
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -136,8 +119,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def resolve_workers(workers: int | str, device: torch.device) -> int:
     """Return the number of worker processes of this rank; `auto` shares the machine's cores among its ranks."""
     if workers != "auto":
-        if int(workers) < 0:
-            raise ValueError(f"workers={workers} is negative: use auto, 0 (in the training process) or more")
         return int(workers)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, cores if device.type == "cuda" else cores // 4)
@@ -145,11 +126,8 @@ def resolve_workers(workers: int | str, device: torch.device) -> int:
 
 def set_threads(threads: int | str) -> None:
     """Set the CPU threads of this rank's arithmetic; `auto` leaves what the session chose."""
-    if threads == "auto":
-        return
-    if int(threads) < 1:
-        raise ValueError(f"threads={threads} must be auto, or 1 or more")
-    torch.set_num_threads(int(threads))
+    if threads != "auto":
+        torch.set_num_threads(int(threads))
 
 
 def set_determinism(deterministic: bool, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from effnet_train.cli.app import command, run_rank
 def task(cfg: DictConfig) -> None:
     """Score the checkpoint in as many processes as there are ranks."""
     from effnet_train import distributed
+    from effnet_train.cli import check
 
     wrong = [text for text in HydraConfig.get().overrides.task if text.lstrip("+~").startswith("data.preprocess")]
     if wrong:
@@ -25,6 +26,7 @@ def task(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=False)
     config["data"].pop("preprocess", None)
     config = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    check.check_config(config, check.EVAL)
     device = distributed.resolve_device(cfg.device)
     ranks = distributed.resolve_ranks(cfg.ranks, device)
     if distributed.launched() or ranks == 1:

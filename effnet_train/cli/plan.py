@@ -28,8 +28,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     """
     ranks = resolve_ranks(cfg.ranks, device)
     session = Session(device=torch.device(device))
-    mixing = instantiate(cfg.mixing)
-    build.check_batch(cfg.batch_size, ranks, cfg.accumulate, pairs=mixing.enabled)
+    build.check_batch(cfg, ranks)
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = _counts(cfg.data)
     plan = build.build_plan(cfg, images)
@@ -55,7 +54,10 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("precision", f"{precision} on {device}"),
         ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
         ("learning rate", _learning_rates(plan)),
-        ("memory", f"about {memory / 2**30:.2f} GiB a rank: weights, gradients, optimizer, average, activations{scarce}"),
+        (
+            "memory",
+            f"about {memory / 2**30:.2f} GiB a rank: weights, gradients, optimizer, average, activations{scarce}",
+        ),
         ("time", f"about {_duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)

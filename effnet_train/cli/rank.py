@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from effnet_train.cli import build, run_folder
+from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.loader import Batch, eval_batches, train_batches
 from effnet_train.data.order import Order
@@ -39,14 +40,15 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     precision = build.resolve_precision(cfg.precision, session.device)
     build.set_threads(cfg.threads)
     build.set_determinism(cfg.deterministic, session.device)
-    mixing = instantiate(cfg.mixing)
-    build.check_batch(cfg.batch_size, session.world_size, cfg.accumulate, pairs=mixing.enabled)
+    build.check_batch(cfg, session.world_size)
+    mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
+    checkpoints = Checkpoints(folder, **cfg.checkpoint)
     data = build.build_data(cfg.data, session)
     plan = build.build_plan(cfg, len(data.train))
     state, network = _state(cfg, data, precision, session)
+    # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
-    checkpoints = Checkpoints(folder, **cfg.checkpoint)
     former = checkpoints.newest()
     if former is not None:
         state.load_state_dict(former, session)
@@ -57,7 +59,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
         plan=plan,
         step=Stepper(
             network=network,
-            loss=instantiate(cfg.loss),
+            loss=loss,
             preprocess=data.preprocess,
             num_classes=len(data.classes),
             precision=precision,
@@ -66,7 +68,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
             mixing=mixing,
             session=session,
         ),
-        batches=partial(_batches, cfg, data, plan, session),
+        batches=partial(_batches, cfg, data, augment, plan, session),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
         meta=build.metadata(cfg, data),
@@ -105,11 +107,12 @@ def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, step: int) -
     return loggers
 
 
-def _batches(cfg: DictConfig, data: Data, plan: Plan, session: Session, start: int) -> Iterator[Batch]:
+def _batches(
+    cfg: DictConfig, data: Data, augment: Augment, plan: Plan, session: Session, start: int
+) -> Iterator[Batch]:
     order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
     cuda = session.device.type == "cuda"
     workers = build.resolve_workers(cfg.workers, session.device)
-    augment = instantiate(cfg.augment, _convert_="all")
     return train_batches(data, augment, order, start=start, stop=plan.total_steps, workers=workers, pin=cuda)
 
 

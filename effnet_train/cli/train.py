@@ -12,11 +12,11 @@ from effnet_train.cli.app import command, run_rank
 def task(cfg: DictConfig) -> None:
     """Plan, or claim the run's folder and train in as many processes as there are ranks."""
     from effnet_train import distributed
-    from effnet_train.cli import build, run_folder
+    from effnet_train.cli import build, check, run_folder
 
-    build.check_values(cfg)
-    folder = run_folder.run_folder(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.TRAIN)
+    folder = run_folder.run_folder(cfg)
     device = distributed.resolve_device(cfg.device)
     if cfg.dry_run:
         from effnet_train.cli.plan import describe
@@ -27,6 +27,7 @@ def task(cfg: DictConfig) -> None:
     if distributed.launched() or ranks == 1:
         train_rank(config, str(folder), device)
     else:
+        build.check_batch(cfg, ranks)  # here already, so that it is said once
         distributed.launch(run_rank, "train", train_rank, config, str(folder), device, ranks=ranks)
 
 

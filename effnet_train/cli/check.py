@@ -1,0 +1,150 @@
+"""Checks of a configuration before anything is built: a wrong key, and a value of a wrong type, are named."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from hydra.utils import get_object
+
+from effnet_train.engine.checkpoint import Checkpoints
+from effnet_train.engine.every import Every
+
+# The top-level keys of each command, which are no constructor's arguments. The parts check themselves by theirs.
+_SHARED: Mapping[str, Any] = {
+    "data": Mapping,
+    **dict.fromkeys(("precision", "device"), str),
+    **dict.fromkeys(("ranks", "workers"), int | Literal["auto"]),
+    "channels_last": bool,
+    "batch_size": int,
+}
+TRAIN: Mapping[str, Any] = {
+    **_SHARED,
+    **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing"), Mapping),
+    **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
+    "checkpoint": Checkpoints,
+    **dict.fromkeys(("accumulate", "sync_bn", "seed", "eval_batch_size"), int),
+    **dict.fromkeys(("epochs", "ema_decay"), float),
+    **dict.fromkeys(("compile", "deterministic", "dry_run"), bool),
+    "max_steps": int | None,
+    "clip_norm": float | None,
+    "threads": int | Literal["auto"],
+    "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
+    "init_from": str | None,
+    "run_root": str,
+    "name": str | int,
+}
+EVAL: Mapping[str, Any] = {
+    **_SHARED,
+    **dict.fromkeys(("checkpoint", "weights", "split"), str),
+    "resolution": int | None,
+    "check_classes": bool,
+    "output": str | None,
+}
+# Arguments that the command itself gives: such a key would be ignored in silence.
+_GIVEN: Mapping[str, str] = {
+    "model.num_classes": "the data set's number of classes is taken",
+    "optim.lr": "the schedule gives it, set schedule.lr_per_256",
+    "optim.params": "the model gives them",
+}
+_LEAST: Mapping[str, int] = {
+    **dict.fromkeys(("batch_size", "accumulate", "eval_batch_size", "max_steps", "ranks", "threads", "resolution"), 1),
+    **dict.fromkeys(("seed", "sync_bn", "workers"), 0),
+}
+_WORDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    list: "a list",
+    Mapping: "keys with values",
+}
+
+
+def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Check a plain configuration's keys and values, and the names and types of the arguments of all that it names.
+
+    Raises ValueError naming the key, the value and what is wanted.
+    """
+    _check_names("", config, types, "the configuration")
+    for key, value in config.items():
+        _check_type(key, value, types[key])
+        _check_parts(key, value)
+        if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
+            raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
+    if config.get("seed", 0) >= 2**63:
+        raise ValueError(f"seed={config['seed']} must be less than 2 ** 63")
+    if config.get("clip_norm") is not None and config["clip_norm"] <= 0:
+        raise ValueError(f"clip_norm={config['clip_norm']} must be more than 0, or null for no clipping")
+
+
+def _check_parts(key: str, node: object) -> None:
+    if not isinstance(node, Mapping):
+        return
+    if "_target_" in node:
+        _check_arguments(key, node, get_object(node["_target_"]))
+    for name, part in node.items():
+        _check_parts(f"{key}.{name}", part)
+
+
+def _check_arguments(key: str, arguments: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    own = {name: value for name, value in arguments.items() if not name.startswith("_")}  # Hydra's begin so
+    _check_names(f"{key}.", own, parameters, function.__name__)
+    for name, value in own.items():
+        if f"{key}.{name}" in _GIVEN:
+            raise ValueError(f"{key}.{name}={value} is not to be set: {_GIVEN[f'{key}.{name}']}")
+        _check_type(f"{key}.{name}", value, parameters[name].annotation)
+
+
+def _check_names(prefix: str, names: Mapping[str, Any], known: Mapping[str, Any], owner: str) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(prefix + other for other in close)}?" if close else "remove it"
+            raise ValueError(f"{prefix}{name} is not a key of {owner}: {hint}")
+
+
+def _check_type(key: str, value: object, hint: Any) -> None:
+    # The parts that have no _target_ in the configuration are dataclasses.
+    plain = Mapping if is_dataclass(hint) else hint
+    if not _fits(value, plain):
+        shown = "null" if value is None else repr(value)
+        raise ValueError(f"{key}={shown} must be {' or '.join(dict.fromkeys(_words(plain)))}")
+    if is_dataclass(hint):
+        assert isinstance(value, Mapping)
+        assert isinstance(hint, type)
+        _check_arguments(key, value, hint)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Say whether a plain value can be what a type hint asks for; a hint of anything else refuses only scalars."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, Mapping, NoneType):
+        return isinstance(value, hint)
+    known = hint not in (Any, inspect.Parameter.empty) and not isinstance(hint, str)
+    return not known or not isinstance(value, str | int | float | None)
+
+
+def _words(hint: Any) -> list[str]:
+    """Return what a user would call the values that a type hint asks for."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return [word for part in get_args(hint) for word in _words(part)]
+    if origin is Literal:
+        return [str(value) for value in get_args(hint)]
+    if inspect.isclass(origin):
+        hint = list if issubclass(origin, Sequence) else Mapping if issubclass(origin, Mapping) else hint
+    return [_WORDS.get(hint, "another kind of value")]
