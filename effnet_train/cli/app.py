@@ -89,6 +89,8 @@ def user_message(error: BaseException, config: str) -> str | None:
         return _instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(error).strip()
+    if str(error).startswith("Config group override must"):
+        return f"{error}: give group=option, where the groups are {', '.join(_groups())}"
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return (
             f"out of memory ({str(error).splitlines()[0]}). Raise accumulate= (same recipe, smaller pieces), set "
@@ -136,10 +138,13 @@ def _closest_key(text: str, config: str) -> str:
 
 def _known_keys(config: str) -> list[str]:
     """Return the groups and the dotted keys of the default configuration."""
-    groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(config), resolve=False)
-    return groups + list(_flatten(composed))
+    return _groups() + list(_flatten(composed))
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def _flatten(node: object, prefix: str = "") -> dict[str, object]:

@@ -39,7 +39,7 @@ def check_targets(config: Any, source: str) -> None:
         target = config.get("_target_")
         if target is not None:
             module, _, name = str(target).rpartition(".")
-            ours = module.startswith(("effnet_train.models.", "effnet_train.data."))
+            ours = module.startswith(("effnet_train.models.", "effnet_train.data.")) and name[:1] != "_"
             # Not only the prefix: a path can lead through a module to what that module imports.
             if not ours or getattr(getattr(importlib.import_module(module), name, None), "__module__", "") != module:
                 raise ValueError(

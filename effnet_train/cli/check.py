@@ -76,6 +76,8 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
         _check_parts(key, value)
         if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
             raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
+    if config.get("name") == "":
+        raise ValueError("name= is empty: the run needs a folder of its own in run_root")
     if config.get("seed", 0) >= 2**63:
         raise ValueError(f"seed={config['seed']} must be less than 2 ** 63")
     if config.get("clip_norm") is not None and config["clip_norm"] <= 0:
@@ -104,7 +106,7 @@ def _check_arguments(key: str, arguments: Mapping[str, Any], function: Callable[
 def _check_names(prefix: str, names: Mapping[str, Any], known: Mapping[str, Any], owner: str) -> None:
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
             hint = f"did you mean {' or '.join(prefix + other for other in close)}?" if close else "remove it"
             raise ValueError(f"{prefix}{name} is not a key of {owner}: {hint}")
 

@@ -1,6 +1,7 @@
 """`effnet-eval`: top-1, top-5, loss and speed of a checkpoint on a data set."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def task(cfg: DictConfig) -> None:
     from effnet_train import distributed
     from effnet_train.cli import check
 
-    wrong = [text for text in HydraConfig.get().overrides.task if text.lstrip("+~").startswith("data.preprocess")]
+    wrong = [text for text in HydraConfig.get().overrides.task if "data.preprocess" in text.partition("=")[0]]
     if wrong:
         raise ValueError(
             f"{wrong[0]}: the checkpoint's own preprocessing is used, whatever the data set says; "
@@ -44,6 +45,7 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
     from effnet_train.engine.evaluate import evaluate
 
     file = find_checkpoint(Path(config["checkpoint"]))
+    _check_request(config, file)
     weights = load_weights(file, config["weights"])
     meta = weights.meta
     build.check_targets(dict(meta), str(file))
@@ -73,6 +75,14 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         )["model"]
         if session.is_main:
             report(file, config, metrics, data.preprocess.resolution, int(meta.get("step", 0)))
+
+
+def _check_request(config: Mapping[str, Any], file: Path) -> None:
+    """Check, before the work, what would only be noticed after it. Raises ValueError."""
+    if file.suffix == ".safetensors" and config["weights"] == "raw":
+        raise ValueError(f"weights=raw: {file} holds the selected weights only; give the run's best.pt or step_*.pt")
+    if config["output"] and not Path(config["output"]).absolute().parent.is_dir():
+        raise ValueError(f"output={config['output']}: its folder does not exist, make it first")
 
 
 def _data_config(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,15 +127,16 @@ def report(file: Path, config: Mapping[str, Any], metrics: Any, resolution: int,
 
     from effnet_train.engine.checkpoint import write_atomically
 
+    which = "selected" if file.suffix == ".safetensors" else config["weights"]
     record = {
         "checkpoint": str(file),
-        "weights": config["weights"],
+        "weights": which,
         "split": config["split"],
         "step": step,
         "resolution": resolution,
         **asdict(metrics),
     }
-    print(f"{file} ({config['weights']} weights of step {step:,}), {config['split']} at {resolution} pixels")
+    print(f"{file} ({which} weights of step {step:,}), {config['split']} at {resolution} pixels")
     print(f"  top-1     {metrics.top1:8.2%}")
     print(f"  top-5     {metrics.top5:8.2%}")
     print(f"  loss      {metrics.loss:8.4f}")
@@ -134,7 +145,13 @@ def report(file: Path, config: Mapping[str, Any], metrics: Any, resolution: int,
     line = json.dumps(record)
     print(line)
     output = Path(config["output"]) if config["output"] else file.parent / "eval.json"
-    write_atomically(output, lambda stream: _write(stream, line + "\n"))
+    try:
+        write_atomically(output, lambda stream: _write(stream, line + "\n"))
+    except OSError as error:
+        if config["output"]:
+            raise
+        # Published weights often lie where one may only read.
+        print(f"warning: not written to {output} ({error.strerror}): give output=...", file=sys.stderr)
 
 
 def _write(stream: Any, text: str) -> None:

@@ -67,19 +67,18 @@ def _counts(cfg: DictConfig) -> tuple[int, int, str]:
     """Return training images, classes, and where the numbers are from."""
     expected = cfg.get("expected")
     root = Path(cfg.root)
-    if root.is_dir():
+    if root.is_dir() and not (expected and "dataset" in cfg):  # torchvision would download what is absent
         data = build.build_data(cfg, Session())
         return len(data.train), len(data.classes), f"counted in {root}"
     if expected:
-        return expected.train - cfg.minival, expected.classes, f"a complete copy; {root} does not exist"
+        return expected.train - cfg.minival, expected.classes, f"of a complete copy; {root} was not read"
     raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder with train/<class>/ and val/<class>/")
 
 
 def _learning_rates(plan: Plan) -> str:
-    steps = sorted(
-        {0, int(5 * plan.steps_per_epoch), *(plan.total_steps * i // 4 for i in (1, 2, 3)), plan.total_steps - 1}
-    )
-    return ", ".join(f"{plan.lr(step):.5g} at step {step:,}" for step in steps)
+    last = plan.total_steps - 1
+    steps = {0, min(int(5 * plan.steps_per_epoch), last), *(plan.total_steps * i // 4 for i in (1, 2, 3)), last}
+    return ", ".join(f"{plan.lr(step):.5g} at step {step:,}" for step in sorted(steps))
 
 
 def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session, micro: int) -> tuple[float, str]:

@@ -52,6 +52,11 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     former = checkpoints.newest()
     if former is not None:
         state.load_state_dict(former, session)
+    if session.broadcast(state.step) != state.step:
+        raise FileNotFoundError(
+            f"rank 0 goes on from another step than rank {session.rank}, which is at {state.step}: "
+            f"the folder {folder.absolute()} must be on a file system that all machines share"
+        )
     loggers = _open_loggers(config, plan, folder, state.step) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, session)
     run = Run(
@@ -137,6 +142,8 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
     """Export the selected weights, score them on what selection never saw, and say where everything lies."""
     session, folder = run.session, run.checkpoints.folder
     session.barrier()  # rank 0 has written what the others are about to read
+    if data.test is None and not session.is_main:
+        return
     which = "ema" if run.select_by.startswith("val_ema/") else "raw"
     if (folder / BEST).exists():
         weights = load_weights(folder / BEST, which)

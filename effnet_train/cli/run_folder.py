@@ -1,5 +1,6 @@
 """The folder of a run: named by its choices, and refused to another configuration."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ FREE = (
     "data.root",
     "device",
     "dry_run",
+    "eval_batch_size",
     "log_every",
     "loggers",
     "max_steps",
+    "model.checkpointing",
     "name",
     "ranks",
     "run_root",
@@ -28,8 +31,12 @@ FREE = (
     "threads",
     "workers",
 )
-# Overrides that are part of the folder's name already, or have no part in it.
-_NOT_IN_NAME = (*FREE, "model", "data", "recipe", "seed", "debug")
+# Overrides that the default name holds already.
+_IN_NAME = ("model", "data", "recipe", "seed")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -38,8 +45,10 @@ def run_folder(cfg: DictConfig) -> Path:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return folder
-    told_apart = [o for o in hydra_cfg.overrides.task if o.split("=")[0].lstrip("+") not in _NOT_IN_NAME]
-    return folder.with_name("-".join([folder.name, *(o.lstrip("+").replace("/", "_") for o in told_apart)]))
+    overrides = {text.partition("=")[0].lstrip("+~"): text.lstrip("+") for text in hydra_cfg.overrides.task}
+    said = ("debug", *(() if "name" in overrides else _IN_NAME))
+    told_apart = [text for key, text in overrides.items() if key not in said and not _is_free(key)]
+    return folder.with_name("-".join([folder.name, *(text.replace("/", "_") for text in told_apart)]))
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:
@@ -49,20 +58,27 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     """
     file = folder / "config.yaml"
     if file.exists():
-        former = yaml.safe_load(file.read_text())
-        differing = {
-            key: values
-            for key, values in differing_keys(former, config).items()
-            if not any(key == free or key.startswith(f"{free}.") for free in FREE)
-        }
-        if differing:
-            text = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
-            raise ValueError(
-                f"the folder {folder} holds a run of another configuration: {text}. "
-                "Give name=... for a folder of its own, or the former values to go on"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".config-{os.getpid()}.yaml")
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-    temporary.rename(file)
+        _check_same(folder, yaml.safe_load(file.read_text()), config)
+    try:
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".config-{os.getpid()}.yaml")
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+            temporary.rename(file)
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the run's folder {folder} ({error.strerror}): choose another place with run_root=..."
+        ) from error
+
+
+def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:
+    differing = {key: values for key, values in differing_keys(former, config).items() if not _is_free(key)}
+    if differing:
+        text = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
+        nothing = "" if any(folder.glob("*.pt")) else ". It has no checkpoint yet: to remove it loses nothing"
+        raise ValueError(
+            f"the folder {folder} holds a run of another configuration: {text}. "
+            f"Give name=... for a folder of its own, or the former values to go on{nothing}"
+        )

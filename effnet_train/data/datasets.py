@@ -114,6 +114,8 @@ def torchvision_splits(
 def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
     try:
         return kind(root, **arguments, download=False)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{kind.__name__} needs a package more: pip install 'effnet-train[datasets]'") from error
     except (RuntimeError, FileNotFoundError):
         pass
     try:

@@ -1,0 +1,86 @@
+"""The commands in this process: as a user gives them, without the seconds of a new interpreter."""
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.data.datasets import digits
+from effnet_train.data.preprocess import Preprocess
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def compose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return a function that composes a command's configuration, plain and resolved."""
+
+    def run(config: str, *overrides: str) -> dict[str, Any]:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            cfg = hydra.compose(config, overrides=list(overrides), return_hydra_config=True)
+        # The run's name refers to what Hydra knows of the choices.
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(plain, dict)
+        return plain
+
+    return run
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Return a function that runs `effnet-<name>` with arguments in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> Outcome:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr("sys.argv", [f"effnet-{name}", *arguments])
+        main = importlib.import_module(f"effnet_train.cli.{name}").main
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as leave:
+            assert isinstance(leave.code, int)
+            status = leave.code
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with 80 of the digits to train on and 40 to validate."""
+    whole, few = tmp_path_factory.mktemp("whole") / "digits", tmp_path_factory.mktemp("few") / "digits"
+    digits(str(whole), preprocess=Preprocess(resolution=32))
+    for split, count in (("train", 8), ("val", 4)):
+        for folder in (whole / split).iterdir():
+            (few / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, few / split / folder.name)
+    return few
+
+
+@pytest.fixture
+def tiny(few_digits: Path) -> list[str]:
+    """Return the overrides that make a run of a second: two steps of a small network on few digits."""
+    return [
+        *("debug=tiny", "device=cpu", "threads=1", "loggers=none", "max_steps=2", "model.width=0.25"),
+        *(f"data.root={few_digits}", "data.expected=null", "run_root=.", "name=run"),
+    ]

@@ -1,0 +1,151 @@
+"""Every option of every group composes, and every key in it is an argument of what it builds."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+
+from effnet_train.cli import check
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.engine.checkpoint import Checkpoints
+from effnet_train.engine.every import Every
+
+Compose = Callable[..., dict[str, Any]]
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def nodes(node: object, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every mapping with a `_target_`, and where it stands."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield key, node
+        for name, part in node.items():
+            yield from nodes(part, f"{key}.{name}".lstrip("."))
+
+
+def target(node: dict[str, Any]) -> Any:
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def assert_arguments_accepted(config: dict[str, Any]) -> int:
+    found = list(nodes(config))
+    for key, node in found:
+        arguments = {name: value for name, value in node.items() if name != "_target_"}
+        try:
+            inspect.signature(target(node)).bind_partial(**arguments)
+        except TypeError as error:
+            pytest.fail(f"{key}: {error}")
+    return len(found)
+
+
+GROUPS = ("data", "augment", "optim", "schedule", "loggers", "debug")
+MODELS = options("model")
+
+
+@pytest.mark.parametrize("place", range(len(MODELS)), ids=MODELS)
+def test_every_option_composes_and_its_keys_are_arguments(compose: Compose, place: int) -> None:
+    """Model by model, with the options of the other groups in turn: every one of them is met."""
+    chosen = {group: options(group)[place % len(options(group))] for group in GROUPS}
+    recipe = options("recipe")[place % len(options("recipe"))]
+    overrides = [f"{group}={option}" for group, option in chosen.items()]
+    config = compose("train", f"model={MODELS[place]}", f"recipe={recipe}", *overrides)
+    assert_arguments_accepted(config)
+    check.check_config({**config, "data": {**config["data"], **asked_for(config["data"])}}, check.TRAIN)
+    assert config["name"] == f"{MODELS[place]}-{chosen['data']}-{recipe}-seed0"
+
+
+def asked_for(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a user has to give."""
+    values = {"root": "/data", "dataset": "CIFAR10", "train": [{"train": True}], "val": [{"train": False}]}
+    return {key: values[key] for key, value in data.items() if value == "???"}
+
+
+def test_the_turns_meet_every_option() -> None:
+    assert all(len(options(group)) <= len(MODELS) for group in GROUPS)
+    assert {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} == {
+        *GROUPS,
+        "model",
+        "recipe",
+        "preprocess",  # by data
+        "hydra",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", options("recipe"))
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_with_every_recipe(compose: Compose, model: str, recipe: str) -> None:
+    """The model chosen on the command line stands, whatever the recipe would choose; its own regularisation too."""
+    config = compose("train", f"model={model}", f"recipe={recipe}")
+    own = compose("train", f"model={model}", "recipe=efficientnet")
+    assert {key: config["model"][key] for key in ("width", "depth", "resolution", "dropout")} == {
+        key: own["model"][key] for key in ("width", "depth", "resolution", "dropout")
+    }
+    assert assert_arguments_accepted(config) >= 8
+
+
+@pytest.mark.parametrize("data", options("data"))
+def test_every_data_set_composes_for_evaluation(compose: Compose, data: str) -> None:
+    config = compose("eval", f"data={data}", "+model.resolution=32", "checkpoint=x")
+    assert assert_arguments_accepted(config) == 2
+    assert "preprocess" in config["data"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim=sgd", "schedule=cosine", "augment=inception", "loggers=wandb"),
+        ("optim=adamw", "schedule=constant", "augment=randaugment", "loggers=mlflow"),
+        ("optim=rmsprop", "schedule=exponential", "augment=autoaugment", "loggers=default"),
+        ("augment=small", "loggers=none"),
+        ("augment=none", "recipe=demo"),
+        ("augment=digits",),
+    ],
+    ids=lambda overrides: "-".join(part.partition("=")[2] for part in overrides),
+)
+def test_the_parts_are_built(compose: Compose, overrides: tuple[str, ...]) -> None:
+    config = compose("train", *overrides)
+    for key in ("augment", "schedule", "loss", "mixing"):
+        assert isinstance(instantiate(config[key]), target(config[key]))
+    for logger in config["loggers"].values():
+        assert isinstance(instantiate(logger), target(logger))
+
+
+@pytest.mark.parametrize(("command", "types"), [("train", check.TRAIN), ("eval", check.EVAL)])
+def test_the_checks_know_the_top_level_keys_and_no_others(compose: Compose, command: str, types: dict) -> None:
+    assert compose(command).keys() == types.keys()
+
+
+def test_frequencies_and_checkpoints_are_their_constructors_arguments(compose: Compose) -> None:
+    config = compose("train")
+    for key in ("log_every", "evaluate_every", "save_every"):
+        Every(**config[key])
+    Checkpoints(Path(), **config["checkpoint"])
+
+
+def test_the_default_is_the_papers_recipe(compose: Compose) -> None:
+    """The table of the authors' recipe, by hand."""
+    config = compose("train")
+    assert config["optim"] == {
+        "_target_": "timm.optim.rmsprop_tf.RMSpropTF",
+        **{"alpha": 0.9, "momentum": 0.9, "eps": 1e-3, "weight_decay": 1e-5},
+    }
+    assert config["schedule"] == {
+        "_target_": "effnet_train.optim.schedules.Exponential",
+        **{"lr_per_256": 0.016, "decay": 0.97, "decay_epochs": 2.4, "warmup_epochs": 5.0},
+    }
+    assert (config["epochs"], config["batch_size"], config["ema_decay"]) == (350, 4096, 0.9999)
+    assert config["loss"]["label_smoothing"] == 0.1
+    assert config["augment"]["policy"]["policy"] == "v0"
+    assert (config["augment"]["area"], config["augment"]["flip"]) == ([0.08, 1.0], 0.5)
+    assert (config["clip_norm"], config["mixing"]["mixup_alpha"], config["mixing"]["cutmix_alpha"]) == (None, 0, 0)
+    assert (config["model"]["drop_connect"], config["model"]["bn_momentum"]) == (0.2, 0.01)
+    assert config["data"]["preprocess"]["crop_padding"] == 32
