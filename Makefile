@@ -26,10 +26,10 @@ train: $(READY) ## train a small EfficientNet on the embedded digits, and evalua
 	@echo "curves       $(DEMO)/curve.png, or: $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: $(READY) ## pass the fast tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-slow: $(READY) ## pass the tests that take minutes
-	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -n auto -m 'slow and not gpu'
 
 check: $(READY) ## format, lint, types, import layers
 	$(BIN)/ruff format --check effnet_train tests

@@ -1,14 +1,16 @@
 """The only user of torch.distributed: ranks, the session, exact reductions, synchronised BatchNorm, preemption."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -20,6 +22,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
+_ONE_REQUEST_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,6 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
 
     The exit code of the first rank that failed becomes this process's.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -173,40 +177,55 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
         max_restarts=0,
         start_method="spawn",
         monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",  # the others go to the ranks, which know how to stop
     )
     # Each rank tells of its own failure, once; the launcher would repeat it with tracebacks of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, function)(*args)
+        with _forwarded_signals():
+            elastic_launch(config, function)(*args)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         if first.exitcode < 0:
             print(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}", file=sys.stderr)
         raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
-    except SignalException as error:
-        # The ranks had the same signal, and time to save.
-        print(f"stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
-        raise SystemExit(PREEMPTED_EXIT_CODE) from None
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[None]:
+    """Hand the signals that ask to stop on to the ranks, whose exit codes then say what came of it."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+
+    former = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class PreemptionNotice:
     """Notice SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 and let all ranks agree on the step at which to stop.
 
-    A second signal stops at once. Used as a context manager; outside the main thread it notices nothing.
+    A second signal, some seconds later, stops at once. A context manager; outside the main thread it notices nothing.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.given = False
+        self._since = 0.0
         self._former: dict[int, Any] = {}
         self._flag: Tensor | None = None
         self._work: Any = None
 
     def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+            self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -217,8 +236,10 @@ class PreemptionNotice:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.given:
-            raise KeyboardInterrupt
-        self.given = True
+            if time.monotonic() - self._since > _ONE_REQUEST_S:
+                raise KeyboardInterrupt
+            return
+        self.given, self._since = True, time.monotonic()
         if self.session.is_main:
             name = signal.Signals(number).name
             print(f"{name}: saving after this step, then leaving; once more to leave at once", file=sys.stderr)

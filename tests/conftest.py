@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported here or in a command: two threads for tiny layers on two busy cores cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Width, height, PIL's mode, file name.
 IMAGES = (
     (20, 14, "RGB", "a.jpg"),

@@ -24,7 +24,7 @@ _PATIENCE_S = 0.3
 def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     """Return the plan as text: model, schedule, memory and time.
 
-    The images are counted where they are; where they are not, the number of a complete copy is taken.
+    The images are those of a complete copy, where it is known what that is; else they are counted.
     """
     ranks = resolve_ranks(cfg.ranks, device)
     session = Session(device=torch.device(device))

@@ -107,8 +107,13 @@ def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tup
 
 def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, step: int) -> list[Logger]:
     loggers = [instantiate(part, _convert_="all") for part in config["loggers"].values() if part is not None]
-    for logger in loggers:
-        logger.open(folder, step=step, config={**config, "total_steps": plan.total_steps})
+    try:
+        for logger in loggers:
+            logger.open(folder, step=step, config={**config, "total_steps": plan.total_steps})
+    except BaseException:
+        for logger in loggers:
+            logger.close()
+        raise
     return loggers
 
 

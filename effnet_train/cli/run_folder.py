@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from effnet_train.cli.app import differing_keys
 
-# What may change from one start of a run to the next: where and how it runs and is watched, not what it computes.
+# What may change from one start of a run to the next: where and how it runs and is watched, not what it is to compute.
+# (Ranks and micro-batches do change what BatchNorm sees as one batch: a cluster does not always give the same again.)
 FREE = (
     "accumulate",
     "checkpoint",

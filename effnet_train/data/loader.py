@@ -1,7 +1,9 @@
 """Batches of decoded, augmented images from worker processes."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from effnet_train.data.decode import DecodeError, decode
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess, eval_image
 from effnet_train.data.sources import Source
+from effnet_train.distributed import STOP_SIGNALS
 
 # How many neighbours stand in for a corrupt training image before the loader gives up.
 _SUBSTITUTES = 10
@@ -71,22 +74,34 @@ class _Images(Dataset[Batch]):
         return None
 
 
+def _worker_context() -> Any:
+    """Return the way to start workers: forked from a clean server, as forking this process's threads could deadlock.
+
+    The server and its workers are born with the signals blocked that ask a run to stop: those go to whole process
+    groups, and the training process needs its workers until its last step is done.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["effnet_train.data.loader"])
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return context
+
+
 def _identity(batch: Any) -> Any:
     return batch
 
 
 def _loader(images: _Images, batches: Sequence[list[tuple[int, int]]], workers: int, pin: bool) -> DataLoader[Batch]:
-    # Workers are forked from a clean server process: forking this one, with its threads, could deadlock.
-    context = multiprocessing.get_context("forkserver") if workers else None
-    if context is not None:
-        context.set_forkserver_preload(["effnet_train.data.loader"])
     return DataLoader(
         images,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_identity,
         pin_memory=pin,
-        multiprocessing_context=context,
+        multiprocessing_context=_worker_context() if workers else None,
         prefetch_factor=4 if workers else None,
     )
 

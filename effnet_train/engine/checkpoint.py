@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -136,7 +137,9 @@ class Checkpoints:
             write_atomically(path, lambda file: torch.save(payload, file))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             self.failures += 1
-            text = f"cannot write {path} ({error.strerror if isinstance(error, OSError) else error})"
+            free = shutil.disk_usage(path.parent).free
+            reason = error.strerror if isinstance(error, OSError) else f"{error}; {free:,} bytes are free on that disk"
+            text = f"cannot write {path} ({reason})"
             if self.failures >= self.max_failures:
                 raise OSError(
                     f"{text}, {self.failures} times in a row; the checkpoints before it are intact"

@@ -192,6 +192,7 @@ def _log_training(run: Run, clock: "Clock") -> None:
     total = state.statistics.clone()
     run.session.sum_(total[:3])
     run.session.min_(total[3:])
+    skipped = run.session.sum_(torch.tensor(float(clock.skipped))).item()
     state.statistics.copy_(no_statistics(total.device))
     loss_sum, correct, images, bad_step = total.tolist()
     if math.isfinite(bad_step):
@@ -201,6 +202,7 @@ def _log_training(run: Run, clock: "Clock") -> None:
         "train/top1": correct / images,
         "train/lr": plan.lr(state.step - 1),
         **clock.rates(),
+        **({"train/skipped": skipped} if skipped else {}),
     }
     for logger in run.loggers:
         logger.scalars(state.step, values, epoch=plan.epoch(state.step))
@@ -285,7 +287,5 @@ class Clock:
         """Return the rates since the last call and start anew."""
         seconds = max(self._seconds, 1e-9)
         values = {"train/images_per_s": self.images / seconds, "train/data_wait": self._waited / seconds}
-        if self.skipped:
-            values["train/skipped"] = float(self.skipped)
         self._forget()
         return values

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.cli.train import train_rank
 from effnet_train.data.datasets import digits
 from effnet_train.data.preprocess import Preprocess
 
@@ -42,9 +43,7 @@ def compose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Return a function that runs `effnet-<name>` with arguments in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
@@ -57,8 +56,7 @@ def cli(
         try:
             main()
         except SystemExit as leave:
-            assert isinstance(leave.code, int)
-            status = leave.code
+            status = int(leave.code or 0)
         return Outcome(status, *capsys.readouterr())
 
     return run
@@ -77,10 +75,30 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return few
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(few_digits: Path) -> list[str]:
     """Return the overrides that make a run of a second: two steps of a small network on few digits."""
     return [
         *("debug=tiny", "device=cpu", "threads=1", "loggers=none", "max_steps=2", "model.width=0.25"),
         *(f"data.root={few_digits}", "data.expected=null", "run_root=.", "name=run"),
     ]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run whose raw and averaged weights differ, with its log. Not to be written to."""
+    learning = [
+        *("max_steps=30", "epochs=6", "optim=adamw", "schedule=constant", "schedule.lr_per_256=0.08", "augment=none"),
+        *("model.dropout=0", "model.drop_connect=0", "loss.label_smoothing=0", "model.bn_momentum=0.5"),
+        *("ema_decay=0.5", "evaluate_every.steps=15", "save_every.steps=15"),
+    ]
+    loggers = ("loggers=default", "~loggers.tensorboard", "~loggers.progress")
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = hydra.compose(
+            "train", overrides=[*(text for text in tiny if text != "loggers=none"), *learning, *loggers]
+        )
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_rank(plain, str(folder), "cpu")
+    return folder

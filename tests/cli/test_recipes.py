@@ -14,20 +14,13 @@ Cli = Callable[..., Any]
 CASES = {
     "efficientnet": ("recipe=efficientnet",),
     "demo": ("recipe=demo", "batch_size=16"),
-    "overfit": ("recipe=demo", "debug=overfit", "batch_size=16", "workers=0"),
-    "overfit-efficientnet": ("debug=overfit", "model=nano", "model.resolution=32", "data=digits", "workers=0"),
-    "sgd-cosine": ("optim=sgd", "schedule=cosine"),
-    "adamw-constant": ("optim=adamw", "schedule=constant"),
-    "autoaugment": ("augment=autoaugment",),
-    "randaugment": ("augment=randaugment",),
-    "inception": ("augment=inception", "augment.erase=1.0"),
-    "small": ("augment=small",),
-    "none": ("augment=none", "ema_decay=0"),
-    "mixup-cutmix": ("mixing.mixup_alpha=0.2", "mixing.cutmix_alpha=1.0"),
-    "clip-accumulate": ("clip_norm=1.0", "accumulate=4", "optim=sgd"),
-    "bf16-checkpointing": ("precision=bf16", "model.checkpointing=true", "channels_last=false"),
-    "lite": ("model=lite0", "model.width=0.1", "model.depth=0.1", "model.resolution=32"),
-    "symmetric": ("model.padding=symmetric", "model.se_ratio=0", "model.drop_connect=0"),
+    "demo-cosine": ("recipe=demo", "batch_size=16", "schedule=cosine", "optim=sgd", "augment=small"),
+    "demo-overfit": ("recipe=demo", "debug=overfit", "batch_size=16", "workers=0"),
+    "overfit": ("debug=overfit", "model=nano", "data=digits", "batch_size=16", "workers=0"),
+    "adamw-constant-autoaugment": ("optim=adamw", "schedule=constant", "augment=autoaugment", "precision=bf16"),
+    "randaugment-clip-accumulate": ("augment=randaugment", "clip_norm=1.0", "accumulate=4", "model.padding=symmetric"),
+    "inception-mixup-cutmix": ("augment=inception", "augment.erase=1.0", "mixing={mixup_alpha: 0.2, cutmix_alpha: 1}"),
+    "lite-none": ("model=lite0", "model.width=0.1", "model.depth=0.1", "model.resolution=32", "augment=none"),
 }
 
 
@@ -42,14 +35,11 @@ def test_trains(cli: Cli, tiny: list[str], overrides: tuple[str, ...]) -> None:
     state = load_checkpoint(Path("run/step_000000002.pt"))
     assert (state["step"], state["evaluated"]) == (2, 2)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
-    assert {path.name for path in Path("run").iterdir()} == {
-        *("config.yaml", "best.pt", "step_000000002.pt", "model.safetensors", "model.json", "summary.json")
-    }
+    written = {path.name for path in Path("run").iterdir()}
+    assert written >= {"config.yaml", "best.pt", "model.safetensors", "model.json", "summary.json"}
 
 
-@pytest.mark.parametrize(
-    ("select_by", "better"), [("val/loss", min), ("val_ema/loss", min), ("val/top5", max), ("val_ema/top1", max)]
-)
+@pytest.mark.parametrize(("select_by", "better"), [("val/loss", min), ("val_ema/top1", max)])
 def test_the_best_is_chosen_by_the_score_asked_for(
     cli: Cli, tiny: list[str], select_by: str, better: Callable[..., float]
 ) -> None:

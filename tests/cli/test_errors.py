@@ -1,0 +1,229 @@
+"""What a user can mend ends with status 2 and one message that says how; nothing is left behind."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_train.cli.app import run_rank, user_message
+
+Cli = Callable[..., Any]
+
+
+def assert_refused(done: Any, message: str) -> None:
+    """Assert that the command's last words, and its only ones, are the message."""
+    assert done.status == 2, done
+    assert done.err.startswith(("effnet-train: error: ", "effnet-eval: error: ")), done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model=b9", "model=b9 is not known: did you mean model=b7 or model=b6 or model=b5? The choices are b0, b1"),
+        ("model.widht=2", "model.widht is not a key of the configuration: did you mean model.width"),
+        ("+model.widht=2", "model.widht is not a key of EfficientNet: did you mean model.width?"),
+        ("lr=0.1", "lr is not a key of the configuration: did you mean schedule.lr_per_256?"),
+        ("+lr=0.1", "lr is not a key of the configuration: remove it"),
+        ("loggers.progress.bar=true", "loggers.progress.bar is not a key of this configuration: one of the groups"),
+        ("model=null", "give group=option, where the groups are augment, data, debug, loggers, model"),
+        ("data=folder data.root=???", "data.root has no value: give data.root=... on the command line"),
+        ("model.width=-1", "width=-1 must be a number above 0 (in model)"),
+        ("optim.eps=-1", "Invalid epsilon: -1 (in optim)"),
+        ("log_every.steps=0", "log_every: steps=0 must be a whole number of at least 1, or null for never"),
+        ("save_every.epochs=1", "save_every: steps=2 and epochs=1 are both set; choose one, the other is null"),
+        ("schedule.warmup_epochs=7", "schedule.warmup_epochs=7 is not shorter than the run of epochs=1: try"),
+        ("batch_size=18 accumulate=4", "batch_size=18 (global) is no multiple of 4 (1 ranks x accumulate=4): try"),
+        (
+            "batch_size=17 ranks=2",
+            "batch_size=17 (global) is no multiple of 2 (2 ranks x accumulate=1): try batch_size=16",
+        ),
+        ("batch_size=17 mixing.mixup_alpha=1", "no multiple of 2 (1 ranks x accumulate=1 x 2, as mixing pairs images)"),
+        ("precision=fp8", "precision=fp8 is not known: use auto, fp32, bf16 or fp16"),
+        ("device=tpu", "device=tpu is not known: use auto, cpu or cuda"),
+        ("augment.flip=3", "augment.flip=3 must be a probability: from 0 to 1"),
+        ("checkpoint.keep=0", "checkpoint.keep=0: at least 1 must stay, to resume from"),
+        ("init_from=nowhere", "checkpoint=nowhere does not exist: give a .pt or .safetensors file, or a run's folder"),
+    ],
+)
+def test_bad_input_is_refused_and_claims_no_folder(cli: Cli, tiny: list[str], overrides: str, message: str) -> None:
+    assert_refused(cli("train", *tiny, *overrides.split()), message)
+    assert not Path("run").exists()
+
+
+def test_no_cuda_is_said(cli: Cli, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(
+        cli("train", *tiny, "device=cuda"), "device=cuda, but torch sees no CUDA device here: use device=cpu"
+    )
+
+
+@pytest.fixture
+def folder(few_digits: Path, tmp_path: Path) -> Path:
+    """Return a copy of the digits that may be spoilt."""
+    return shutil.copytree(few_digits, tmp_path / "images")
+
+
+def on_folder(tiny: list[str], root: Path, *more: str) -> list[str]:
+    return [*(text for text in tiny if not text.startswith("data.")), "data=folder", f"data.root={root}", *more]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            shutil.rmtree,
+            "data.root={root} does not exist: set it to a folder that holds train/ and val/",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "val"),
+            "data folder {root}/val does not exist: set data.root to a folder with",
+        ),
+        (
+            lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()],
+            "data folder {root}/train holds no class folders: it should hold <class>/<image>",
+        ),
+        (
+            lambda root: [path.unlink() for path in (root / "train" / "3").iterdir()],
+            "the class folder {root}/train/3 holds no image (.jpeg, .jpg, .png",
+        ),
+        (
+            lambda root: (root / "val" / "3").rename(root / "val" / "three"),
+            "train has 10 classes and val 10, and they differ: only in train ['3'], only in val ['three']",
+        ),
+    ],
+    ids=["absent", "no-val", "empty", "empty-class", "other-classes"],
+)
+def test_bad_data_folders(
+    cli: Cli, tiny: list[str], folder: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(folder)
+    assert_refused(cli("train", *on_folder(tiny, folder)), message.format(root=folder))
+    assert not Path("run").exists()
+
+
+def test_a_corrupt_image_is_named_or_skipped_with_a_count(cli: Cli, tiny: list[str], folder: Path) -> None:
+    for split in ("train", "val"):
+        victim = sorted((folder / split / "7").iterdir())[0]
+        victim.write_bytes(victim.read_bytes()[:60])
+    # Two epochs of ten steps: every training image is met.
+    longer = ("max_steps=20", "epochs=2", "batch_size=8", "evaluate_every.steps=20", "save_every.steps=20")
+    arguments = on_folder(tiny, folder, *longer)
+    refused = cli("train", *arguments)
+    assert_refused(refused, "cannot read the image ")
+    assert f"{folder}/" in refused.err
+    assert "mend or remove it, or set data.on_error=skip to go on without it" in refused.err
+
+    kept = [text for text in arguments if text not in ("name=run", "loggers=none")]
+    done = cli("train", *kept, "name=skipping", "data.on_error=skip", "log_every.steps=20")
+    assert done.status == 0, done.err
+    rows = Path("skipping/metrics.jsonl").read_text()
+    assert '"train/skipped": 2.0' in rows  # once an epoch
+    scored = cli("eval", "checkpoint=skipping", "device=cpu", "workers=0")
+    assert '"images": 39, "skipped": 1' in scored.out
+    assert "(1 skipped)" in scored.out
+    strict = cli("eval", "checkpoint=skipping", "device=cpu", "workers=0", "data.on_error=raise")
+    assert_refused(strict, f"cannot read the image {folder}/val/7/")
+
+
+def test_a_run_of_another_configuration_is_refused_and_free_keys_are_not(cli: Cli, tiny: list[str]) -> None:
+    assert cli("train", *tiny).status == 0
+    before = {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+    refused = cli("train", *tiny, "model.dropout=0.3", "batch_size=8")
+    assert_refused(
+        refused, "batch_size was 16, now 8; model.dropout was 0.2, now 0.3. Give name=... for a folder of its"
+    )
+    assert "no checkpoint yet" not in refused.err
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+    free = ("eval_batch_size=8", "accumulate=2", "model.checkpointing=true", "checkpoint.keep=1", "save_every.steps=1")
+    more = [text for text in tiny if not text.startswith("max_steps")]
+    done = cli("train", *more, *free, "max_steps=3")
+    assert done.status == 0, done.err
+    assert [path.name for path in Path("run").glob("step_*")] == ["step_000000003.pt"]
+
+
+def test_a_folder_without_a_checkpoint_is_said_to_be_of_no_loss(cli: Cli, tiny: list[str]) -> None:
+    assert cli("train", *tiny).status == 0
+    for path in Path("run").glob("*.pt"):
+        path.unlink()
+    assert_refused(cli("train", *tiny, "seed=1"), "It has no checkpoint yet: to remove it loses nothing")
+
+
+def test_a_place_that_cannot_be_written_to(cli: Cli, tiny: list[str]) -> None:
+    Path("file").touch()
+    arguments = [text for text in tiny if not text.startswith("run_root")]
+    message = "cannot write to the run's folder file/run (Not a directory): choose another place with run_root=..."
+    assert_refused(cli("train", *arguments, "run_root=file"), message)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(cli: Cli, tiny: list[str]) -> None:
+    arguments = [text for text in tiny if not text.startswith("max_steps")]
+    hot = ("optim=sgd", "schedule=constant", "save_every.steps=1", "log_every.steps=1", "evaluate_every.steps=null")
+    stopped = cli("train", *arguments, *hot, "name=again", "schedule.lr_per_256=1e20", "max_steps=20")
+    assert stopped.status == 2
+    assert "is not a finite number at step " in stopped.err
+    assert "Lower schedule.lr_per_256, lengthen schedule.warmup_epochs, set clip_norm=1" in stopped.err
+    kept = sorted(Path("again").glob("step_*.pt"))
+    if kept:
+        assert f"the last good checkpoint is {kept[-1]}" in stopped.err
+        assert all(t.isfinite().all() for t in torch.load(kept[-1], weights_only=True)["model"].values())
+    else:
+        assert "there is no checkpoint yet" in stopped.err
+
+
+@pytest.mark.parametrize(("logger", "package"), [("wandb", "wandb"), ("mlflow", "mlflow")])
+def test_a_missing_extra_is_named(
+    cli: Cli, tiny: list[str], logger: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    done = cli("train", *(text for text in tiny if text != "loggers=none"), f"loggers={logger}")
+    assert_refused(done, f"loggers={logger} needs the {package} package: pip install effnet-train[{logger}]")
+
+
+def test_memory_that_is_short_names_the_settings_to_change() -> None:
+    text = user_message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "train")
+    assert text is not None
+    assert text.startswith("out of memory (CUDA out of memory. Tried to allocate 2 GiB). Raise accumulate=")
+    for setting in ("model.checkpointing=true", "precision=bf16", "batch_size="):
+        assert setting in text
+    on_cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    assert "out of memory" in str(user_message(on_cpu, "train"))
+
+
+def test_our_own_mistakes_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for mistake in (AssertionError("ours"), KeyError("ours"), RuntimeError("shapes"), ZeroDivisionError()):
+        assert user_message(mistake, "train") is None
+
+    def wrong() -> None:
+        raise AssertionError("ours")
+
+    with pytest.raises(SystemExit) as left:
+        run_rank("train", wrong)
+    assert left.value.code == 1
+    assert "AssertionError: ours" in capsys.readouterr().err
+
+
+def test_another_ranks_message_says_which_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "3")
+
+    def wrong() -> None:
+        raise ValueError("seed=-1 must be at least 0")
+
+    with pytest.raises(SystemExit) as left:
+        run_rank("train", wrong)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith("[rank 3] error: seed=-1 must be at least 0\n")
+
+
+def test_images_of_other_kinds_train_too(cli: Cli, tiny: list[str], image_root: Path) -> None:
+    """Grey, palette, CMYK and transparent files, in one folder."""
+    done = cli("train", *on_folder(tiny, image_root, "batch_size=6", "augment=autoaugment"))
+    assert done.status == 0, done.err
