@@ -156,7 +156,7 @@ def open_session(device: str) -> Iterator[Session]:
         # After an error the other ranks may never come to a collective: leave without asking them.
         if sys.exc_info()[0] is None:
             dist.barrier(device_ids=[local_rank] if place.type == "cuda" else None)
-        dist.destroy_process_group()
+            dist.destroy_process_group()
 
 
 def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
@@ -175,12 +175,14 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        local_addr="127.0.0.1",  # the host's own name may not resolve
         start_method="spawn",
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the others go to the ranks, which know how to stop
     )
     # Each rank tells of its own failure, once; the launcher would repeat it with tracebacks of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with _forwarded_signals():
             elastic_launch(config, function)(*args)
@@ -271,7 +273,7 @@ class _SumOverGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
 

@@ -1,6 +1,7 @@
 """What all commands share: Hydra's entry, and errors that say what to do."""
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -96,6 +97,8 @@ def user_message(error: BaseException, config: str) -> str | None:
             f"out of memory ({str(error).splitlines()[0]}). Raise accumulate= (same recipe, smaller pieces), set "
             "model.checkpointing=true or precision=bf16, or lower batch_size= (the learning rate follows it)"
         )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}: make room there; what was saved is intact, and the same command goes on from it"
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         return str(error)
     if isinstance(error, RuntimeError) and "onnection closed by peer" in str(error):

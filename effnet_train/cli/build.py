@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from effnet_train.analysis.complexity import training_memory
 from effnet_train.data.datasets import Data
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import Weights
@@ -33,9 +34,15 @@ def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Mod
 def check_targets(config: Any, source: str) -> None:
     """Refuse a configuration from a file that would build anything but this package's models and data.
 
-    Raises ValueError: what `_target_` names is called, so a hostile file must not choose it.
+    Raises ValueError: what `_target_` names is called, so a hostile file must not choose it; nor may it hold what
+    becomes a `_target_` only later, an interpolation or another of Hydra's own keys.
     """
+    if isinstance(config, str) and "${" in config:
+        raise ValueError(f"{source} holds the interpolation {config!r}, which is never resolved: refused")
     if isinstance(config, Mapping):
+        hydras = [key for key in config if str(key).startswith("_") and key != "_target_"]
+        if hydras:
+            raise ValueError(f"{source} holds the key {hydras[0]!r}, which is Hydra's own: refused")
         target = config.get("_target_")
         if target is not None:
             module, _, name = str(target).rpartition(".")
@@ -52,10 +59,9 @@ def check_targets(config: Any, source: str) -> None:
             check_targets(value, source)
 
 
-def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """Move `model` to `device`, its convolutions in the memory layout asked for."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return model.to(device).to(memory_format=layout)
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move `model` to `device`, its convolutions channels-last, as the images are."""
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -96,13 +102,33 @@ def _every(cfg: DictConfig, key: str) -> Every:
 def check_batch(cfg: DictConfig, ranks: int) -> None:
     """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
     pairs = instantiate(cfg.mixing).enabled
-    parts = ranks * cfg.accumulate * (2 if pairs else 1)
+    accumulate = 1 if cfg.accumulate == "auto" else cfg.accumulate
+    parts = ranks * accumulate * (2 if pairs else 1)
     if cfg.batch_size % parts:
         near = max(1, round(cfg.batch_size / parts)) * parts
-        why = f"{ranks} ranks x accumulate={cfg.accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
+        why = f"{ranks} ranks x accumulate={accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
         raise ValueError(
             f"batch_size={cfg.batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}"
         )
+
+
+def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str) -> int:
+    """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU."""
+    if cfg.accumulate != "auto":
+        return cfg.accumulate
+    if device.type != "cuda":
+        return 1
+    with torch.device("meta"):
+        model = build_model(cfg.model, classes)
+    size, width = cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
+    few, more = (training_memory(model, size, count, activation_bytes=width) for count in (2, 4))
+    per_image, fixed = (more - few) / 2, 2 * few - more
+    # The rest is for what no count of tensors shows: the allocator's gaps, the libraries' workspaces.
+    room = 0.85 * torch.cuda.get_device_properties(device).total_memory - fixed
+    batch = cfg.batch_size // ranks
+    step = 2 if instantiate(cfg.mixing).enabled else 1
+    fitting = [n for n in range(1, batch + 1) if batch % (n * step) == 0 and batch / n * per_image <= room]
+    return fitting[0] if fitting else batch // step
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -148,6 +174,7 @@ def metadata(cfg: DictConfig, data: Data) -> dict[str, Any]:
         "model": {**config["model"], "num_classes": len(data.classes)},
         "preprocess": _plain(asdict(data.preprocess)),
         "classes": list(data.classes),
+        "images": len(data.train),
         "data": config["data"],
     }
 

@@ -18,7 +18,6 @@ _SHARED: Mapping[str, Any] = {
     "data": Mapping,
     **dict.fromkeys(("precision", "device"), str),
     **dict.fromkeys(("ranks", "workers"), int | Literal["auto"]),
-    "channels_last": bool,
     "batch_size": int,
 }
 TRAIN: Mapping[str, Any] = {
@@ -26,12 +25,12 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing"), Mapping),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": Checkpoints,
-    **dict.fromkeys(("accumulate", "sync_bn", "seed", "eval_batch_size"), int),
+    **dict.fromkeys(("sync_bn", "seed", "eval_batch_size"), int),
     **dict.fromkeys(("epochs", "ema_decay"), float),
     **dict.fromkeys(("compile", "deterministic", "dry_run"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
-    "threads": int | Literal["auto"],
+    **dict.fromkeys(("accumulate", "threads"), int | Literal["auto"]),
     "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
     "init_from": str | None,
     "run_root": str,

@@ -54,7 +54,7 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         check_classes(data.classes, meta["classes"], by_name=config["check_classes"])
         model = build.build_model(meta["model"], len(meta["classes"]))
         build.load_into(model, weights, str(file))
-        model = build.place(model, session.device, channels_last=config["channels_last"])
+        model = build.place(model, session.device)
         source = _split(data, config["split"])
         batches = eval_batches(
             source,
@@ -90,6 +90,10 @@ def _data_config(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str
     chosen = config["data"]
     if "_target_" not in chosen:
         chosen = {**meta["data"], **{key: value for key, value in chosen.items() if value is not None}}
+    elif not Path(chosen["root"]).is_dir() and all(
+        chosen.get(k) == meta["data"].get(k) for k in ("_target_", "dataset")
+    ):
+        chosen = {**chosen, "root": meta["data"]["root"]}  # the same data set, where the checkpoint's run had it
     preprocess = {"_target_": "effnet_train.data.preprocess.Preprocess", **meta["preprocess"]}
     if config["resolution"] is not None:
         preprocess["resolution"] = config["resolution"]

@@ -36,7 +36,8 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         meta_model = build.build_model(cfg.model, classes)
     size = cfg.data.preprocess.resolution
     cost = complexity(meta_model, size)
-    micro = cfg.batch_size // ranks // cfg.accumulate
+    accumulate = build.resolve_accumulate(cfg, ranks, session.device, classes, precision)
+    micro = cfg.batch_size // ranks // accumulate
     memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     rate, timed = _images_per_s(cfg, classes, precision, session, micro)
@@ -49,7 +50,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("data", f"{images:,} training images ({source})"),
         (
             "batch",
-            f"{cfg.batch_size:,} = {ranks} ranks x {cfg.accumulate} micro-batches x {micro:,} images",
+            f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images",
         ),
         ("precision", f"{precision} on {device}"),
         ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
@@ -85,7 +86,7 @@ def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Sessio
     """Time the real step on this device, on as many random images as are quick to compute."""
     size = cfg.data.preprocess.resolution
     model = build.build_model(cfg.model, classes)
-    model = build.place(model, session.device, channels_last=cfg.channels_last).train()
+    model = build.place(model, session.device).train()
     state = TrainState(
         model,
         EMA(model, cfg.ema_decay),
@@ -106,11 +107,16 @@ def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Sessio
         images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
         batch = Batch(images, torch.arange(count) % classes, torch.arange(count), [])
         times = []
-        for _ in range(1 if seconds > _PATIENCE_S else 3):  # the first of each size warms up
-            start = time.perf_counter()
-            step(state, batch, 0.0)
-            state.statistics.tolist()  # waits for the device
-            times.append(time.perf_counter() - start)
+        try:
+            for _ in range(1 if seconds > _PATIENCE_S else 3):  # the first of each size warms up
+                start = time.perf_counter()
+                step(state, batch, 0.0)
+                state.statistics.tolist()  # waits for the device
+                times.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            if not seconds:
+                raise
+            return count // 4 / seconds, f"the step timed here on {count // 4} images, more do not fit"
         seconds = min(times)
         if count == micro or seconds > _PATIENCE_S:
             return count / seconds, f"the step timed here on {count} images"

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -40,18 +40,25 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     precision = build.resolve_precision(cfg.precision, session.device)
     build.set_threads(cfg.threads)
     build.set_determinism(cfg.deterministic, session.device)
-    build.check_batch(cfg, session.world_size)
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     checkpoints = Checkpoints(folder, **cfg.checkpoint)
     data = build.build_data(cfg.data, session)
     plan = build.build_plan(cfg, len(data.train))
+    cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
+    build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
     former = checkpoints.newest()
     if former is not None:
+        _check_same_data(former["meta"], data, folder)
         state.load_state_dict(former, session)
+    if state.step > plan.total_steps:
+        raise ValueError(
+            f"the run in {folder} is at step {state.step} already, past the last of this plan, {plan.total_steps}: "
+            "raise max_steps, or give the former data"
+        )
     if session.broadcast(state.step) != state.step:
         raise FileNotFoundError(
             f"rank 0 goes on from another step than rank {session.rank}, which is at {state.step}: "
@@ -84,13 +91,22 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     return run, partial(_finish, run, data, score)
 
 
+def _check_same_data(meta: Mapping[str, Any], data: Data, folder: Path) -> None:
+    """Check that a run goes on with the images it began with. Raises ValueError."""
+    if meta["classes"] != list(data.classes) or meta["images"] != len(data.train):
+        raise ValueError(
+            f"the run in {folder} began with {meta['images']:,} training images of {len(meta['classes'])} classes; "
+            f"data.root now holds {len(data.train):,} of {len(data.classes)}, or other names: give the former data"
+        )
+
+
 def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tuple[TrainState, nn.Module]:
     """Build what training changes, from scratch or from `init_from`, and the network to call on each batch."""
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
     if cfg.init_from is not None:
         build.load_into(model, load_weights(Path(cfg.init_from)), cfg.init_from)
-    model = build.place(model, session.device, channels_last=cfg.channels_last).train()
+    model = build.place(model, session.device).train()
     ema = EMA(model, cfg.ema_decay)
     sync_batch_norm(model, session, cfg.sync_bn)
     if cfg.compile:

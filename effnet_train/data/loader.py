@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _loader(images: _Images, batches: Sequence[list[tuple[int, int]]], workers: 
         collate_fn=_identity,
         pin_memory=pin,
         multiprocessing_context=_worker_context() if workers else None,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
     )
 
 
@@ -157,7 +158,10 @@ def eval_batches(
 
 
 def _raise_errors(batch: Batch, on_error: str) -> None:
-    if batch.errors and on_error == "raise":
+    if on_error == "skip":
+        for text in batch.errors:
+            print(f"warning: skipped the image {text}", file=sys.stderr)
+    elif batch.errors:
         raise DataError(
             f"cannot read the image {batch.errors[0]}; mend or remove it, or set data.on_error=skip to go on without it"
         )

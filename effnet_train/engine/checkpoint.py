@@ -122,17 +122,17 @@ class Checkpoints:
             )
         return None
 
-    def save(self, payload: Mapping[str, Any]) -> None:
-        """Write the checkpoint of `payload["step"]` and drop the oldest ones."""
-        if self._write(self.path(payload["step"]), payload):
+    def save(self, payload: Mapping[str, Any], *, must: bool = False) -> None:
+        """Write the checkpoint of `payload["step"]` and drop the oldest ones; `must` makes any failure an error."""
+        if self._write(self.path(payload["step"]), payload, must=must):
             for step in self.steps()[: -self.keep]:
                 self.path(step).unlink(missing_ok=True)
 
-    def save_best(self, payload: Mapping[str, Any]) -> None:
-        """Write `best.pt`."""
-        self._write(self.folder / BEST, payload)
+    def save_best(self, payload: Mapping[str, Any]) -> bool:
+        """Write `best.pt`; say whether that went well."""
+        return self._write(self.folder / BEST, payload)
 
-    def _write(self, path: Path, payload: Mapping[str, Any]) -> bool:
+    def _write(self, path: Path, payload: Mapping[str, Any], *, must: bool = False) -> bool:
         try:
             write_atomically(path, lambda file: torch.save(payload, file))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
@@ -140,6 +140,8 @@ class Checkpoints:
             free = shutil.disk_usage(path.parent).free
             reason = error.strerror if isinstance(error, OSError) else f"{error}; {free:,} bytes are free on that disk"
             text = f"cannot write {path} ({reason})"
+            if must:
+                raise OSError(f"{text}; the checkpoints before it are intact") from error
             if self.failures >= self.max_failures:
                 raise OSError(
                     f"{text}, {self.failures} times in a row; the checkpoints before it are intact"

@@ -19,6 +19,7 @@ from effnet_train.engine.evaluate import Metrics, autocast, hits
 from effnet_train.engine.every import Every
 from effnet_train.engine.loggers import Logger
 from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.models.layers import frozen_statistics
 from effnet_train.optim.schedules import Schedule
 
 
@@ -98,6 +99,22 @@ class Stepper:
         state.step += 1
         state.ema.update(state.step)
 
+    def settle(self, state: TrainState, batch_size: int) -> None:
+        """Run one backward pass on black images and forget it: then DDP has ordered its buckets before a step counts.
+
+        It orders them anew after the first backward pass of a process. From three ranks on, a sum's last digit depends
+        on that order: the first step after a resume would differ from the same step of a run that was not stopped.
+        """
+        if self.session.world_size == 1:
+            return
+        statistics = state.statistics.clone()
+        count, size = batch_size // self.session.world_size // self.accumulate, self.preprocess.resolution
+        numbers = torch.zeros(count, dtype=torch.int64)
+        with frozen_statistics(state.model):
+            self._backward(state, Batch(torch.zeros(count, size, size, 3, dtype=torch.uint8), numbers, numbers, []))
+        state.optimizer.zero_grad(set_to_none=True)
+        state.statistics.copy_(statistics)
+
     def _backward(self, state: TrainState, part: Batch) -> None:
         device = self.session.device
         images = normalize(part.images.to(device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
@@ -155,7 +172,11 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
     clock = Clock()
     stopped = notice.agreed()
     _look(run, clock, stopped)  # an evaluation that the end of the last process cut off
-    batches = iter(run.batches(state.step)) if state.step < plan.total_steps and not stopped else iter(())
+    batches: Iterable[Batch] = ()
+    if state.step < plan.total_steps and not stopped:
+        run.step.settle(state, plan.batch_size)
+        batches = run.batches(state.step)
+        clock.start()
     for batch in batches:
         clock.got_data()
         if state.step == 0 and run.loggers:
@@ -166,7 +187,8 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
         _look(run, clock, stopped)
         if stopped:
             break
-    return state.step == plan.total_steps
+    # An evaluation that a signal put off is still to be done.
+    return state.step == plan.total_steps and not (stopped and state.evaluated < state.step)
 
 
 def _look(run: Run, clock: "Clock", stopped: bool) -> None:
@@ -183,7 +205,7 @@ def _look(run: Run, clock: "Clock", stopped: bool) -> None:
         _check_finite(run)
         payload = _payload(run)
         if run.session.is_main:
-            run.checkpoints.save(payload)
+            run.checkpoints.save(payload, must=stopped or state.step == plan.total_steps)
     clock.start()  # looking is not training: it does not count against images/s
 
 
@@ -194,7 +216,8 @@ def _log_training(run: Run, clock: "Clock") -> None:
     run.session.min_(total[3:])
     skipped = run.session.sum_(torch.tensor(float(clock.skipped))).item()
     state.statistics.copy_(no_statistics(total.device))
-    loss_sum, correct, images, bad_step = total.tolist()
+    loss_sum, correct, images, bad_step = total.tolist()  # waits for the device
+    clock.did_wait()
     if math.isfinite(bad_step):
         raise _not_finite(run, int(bad_step), "the loss")
     values = {
@@ -239,12 +262,13 @@ def _evaluate(run: Run) -> None:
     if run.select_by not in values:
         raise ValueError(f"select_by={run.select_by} is not one of {', '.join(values)}")
     sign = -1 if run.select_by.endswith("loss") else 1
-    score = values[run.select_by]
-    if not state.best or sign * score > sign * state.best[run.select_by]:
+    former = state.best
+    if not former or not sign * values[run.select_by] <= sign * former[run.select_by]:  # better, or the former is NaN
         state.best = {"step": state.step, **values}
         payload = _payload(run)
-        if run.session.is_main:
-            run.checkpoints.save_best(payload)
+        written = run.session.is_main and run.checkpoints.save_best(payload)
+        if not run.session.broadcast(written):
+            state.best = former  # what is said to be the best must be there
 
 
 def _payload(run: Run) -> dict[str, Any]:
@@ -275,10 +299,17 @@ class Clock:
     def got_data(self) -> None:
         """Note that the batch is here."""
         self._waited += time.perf_counter() - self._mark
+        self.did_wait()
+
+    def did_wait(self) -> None:
+        """Count the time since the last note as training."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
 
     def did_step(self, images: int, skipped: int) -> None:
         """Note that a step over `images` images of all ranks was asked of the device."""
-        self._seconds += time.perf_counter() - self._mark
+        self.did_wait()
         self.steps += 1
         self.images += images
         self.skipped += skipped

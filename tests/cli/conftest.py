@@ -48,7 +48,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: str) -> Outcome:
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets, and must not be left set
         monkeypatch.setattr("sys.argv", [f"effnet-{name}", *arguments])
         main = importlib.import_module(f"effnet_train.cli.{name}").main
         capsys.readouterr()
