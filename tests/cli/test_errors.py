@@ -28,27 +28,49 @@ def assert_refused(done: Any, message: str) -> None:
     [
         ("model=b9", "model=b9 is not known: did you mean model=b7 or model=b6 or model=b5? The choices are b0, b1"),
         ("model.widht=2", "model.widht is not a key of the configuration: did you mean model.width"),
-        ("+model.widht=2", "model.widht is not a key of EfficientNet: did you mean model.width?"),
+        pytest.param(
+            "+model.widht=2",
+            "model.widht is not a key of EfficientNet: did you mean model.width?",
+            marks=pytest.mark.slow,
+        ),
         ("lr=0.1", "lr is not a key of the configuration: did you mean schedule.lr_per_256?"),
-        ("+lr=0.1", "lr is not a key of the configuration: remove it"),
+        pytest.param("+lr=0.1", "lr is not a key of the configuration: remove it", marks=pytest.mark.slow),
         ("loggers.progress.bar=true", "loggers.progress.bar is not a key of this configuration: one of the groups"),
-        ("model=null", "give group=option, where the groups are augment, data, debug, loggers, model"),
+        pytest.param(
+            "model=null",
+            "give group=option, where the groups are augment, data, debug, loggers, model",
+            marks=pytest.mark.slow,
+        ),
         ("data=folder data.root=???", "data.root has no value: give data.root=... on the command line"),
-        ("model.width=-1", "width=-1 must be a number above 0 (in model)"),
+        pytest.param("model.width=-1", "width=-1 must be a number above 0 (in model)", marks=pytest.mark.slow),
         ("optim.eps=-1", "Invalid epsilon: -1 (in optim)"),
-        ("log_every.steps=0", "log_every: steps=0 must be a whole number of at least 1, or null for never"),
-        ("save_every.epochs=1", "save_every: steps=2 and epochs=1 are both set; choose one, the other is null"),
+        pytest.param(
+            "log_every.steps=0",
+            "log_every: steps=0 must be a whole number of at least 1, or null for never",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "save_every.epochs=1",
+            "save_every: steps=2 and epochs=1 are both set; choose one, the other is null",
+            marks=pytest.mark.slow,
+        ),
         ("schedule.warmup_epochs=7", "schedule.warmup_epochs=7 is not shorter than the run of epochs=1: try"),
-        ("batch_size=18 accumulate=4", "batch_size=18 (global) is no multiple of 4 (1 ranks x accumulate=4): try"),
+        pytest.param(
+            "batch_size=18 accumulate=4",
+            "batch_size=18 (global) is no multiple of 4 (1 ranks x accumulate=4): try",
+            marks=pytest.mark.slow,
+        ),
         (
             "batch_size=17 ranks=2",
             "batch_size=17 (global) is no multiple of 2 (2 ranks x accumulate=1): try batch_size=16",
         ),
         ("batch_size=17 mixing.mixup_alpha=1", "no multiple of 2 (1 ranks x accumulate=1 x 2, as mixing pairs images)"),
         ("precision=fp8", "precision=fp8 is not known: use auto, fp32, bf16 or fp16"),
-        ("device=tpu", "device=tpu is not known: use auto, cpu or cuda"),
+        pytest.param("device=tpu", "device=tpu is not known: use auto, cpu or cuda", marks=pytest.mark.slow),
         ("augment.flip=3", "augment.flip=3 must be a probability: from 0 to 1"),
-        ("checkpoint.keep=0", "checkpoint.keep=0: at least 1 must stay, to resume from"),
+        pytest.param(
+            "checkpoint.keep=0", "checkpoint.keep=0: at least 1 must stay, to resume from", marks=pytest.mark.slow
+        ),
         ("init_from=nowhere", "checkpoint=nowhere does not exist: give a .pt or .safetensors file, or a run's folder"),
     ],
 )

@@ -120,6 +120,31 @@ def test_other_classes_are_refused(cli: Cli, run: Path, few_digits: Path, image_
     assert scored(cli("eval", *arguments, "check_classes=false"))["loss"] == same["loss"]
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("# A title\n\nand words\n"),
+        lambda path: torch.save([1, 2], path),
+        pytest.param(
+            lambda path: path.write_text("step,epoch\n1,2\n"),
+            marks=pytest.mark.xfail(
+                strict=True, raises=IndexError, reason="torch's unpickler stumbles over plain text"
+            ),
+        ),
+        pytest.param(
+            lambda path: torch.save({"effnet_train": 1}, path),
+            marks=pytest.mark.xfail(
+                strict=True, raises=KeyError, reason="a checkpoint's other keys are not looked for"
+            ),
+        ),
+    ],
+    ids=["words", "list", "table", "half"],
+)
+def test_a_file_of_another_kind_is_refused(cli: Cli, write: Callable[[Path], Any]) -> None:
+    write(Path("file.pt"))
+    assert_refused(cli("eval", "checkpoint=file.pt", *ONE), "checkpoint")
+
+
 class _Hostile:
     """Unpickles by making a file."""
 
@@ -182,3 +207,20 @@ def test_the_exported_file_carries_all_that_is_needed(run: Path) -> None:
     best = load_checkpoint(run / "best.pt")["ema"]
     assert tensors.keys() == best.keys()
     assert all(tensors[name].equal(best[name]) for name in best)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"x": "${oc.create:{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_: [mark]}]}}"},
+        {"x": ["a", {"y": "${oc.env:HOME}"}]},
+        {"x": {"_args_": ["mark"]}},
+    ],
+)
+def test_what_would_become_a_target_later_is_refused(cli: Cli, run: Path, hidden: dict) -> None:
+    payload = load_checkpoint(run / "best.pt")
+    payload["meta"]["model"] |= hidden
+    torch.save(payload, "hidden.pt")
+    found = cli("eval", "checkpoint=hidden.pt", *ONE)
+    assert_refused(found, "refused")
+    assert not Path("mark").exists()
