@@ -37,8 +37,12 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
         os.environ["HYDRA_FULL_ERROR"] = "1"
 
         def guarded(cfg: DictConfig) -> None:
-            with _told(config, traceback_wanted or HydraConfig.get().mode == RunMode.MULTIRUN):
-                task(cfg)
+            os.environ["HYDRA_FULL_ERROR"] = str(int(traceback_wanted))  # for the ranks that the task starts
+            try:
+                with _told(config, traceback_wanted or HydraConfig.get().mode == RunMode.MULTIRUN):
+                    task(cfg)
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1"
 
         # Once more around Hydra: for its own errors, and for those of a sweep, whose other runs have gone on.
         with _told(config, traceback_wanted):
@@ -64,7 +68,7 @@ def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
     try:
         function(*args)
     except Exception as error:
-        text = user_message(error, config)
+        text = None if os.environ.get("HYDRA_FULL_ERROR") == "1" else user_message(error, config)
         if text is not None:
             fail(text)
         traceback.print_exc()

@@ -19,6 +19,8 @@ from effnet_train.engine.every import Every
 from effnet_train.engine.train import Plan
 from effnet_train.optim.param_groups import param_groups
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
 
 def build_data(cfg: DictConfig, session: Session) -> Data:
     """Build the data set; rank 0 first, which may download or write it."""
@@ -131,14 +133,18 @@ def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classe
     return fitting[0] if fitting else batch // step
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return `precision`, with `auto` as bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+def resolve_precision(precision: str, device: torch.device, former: str | None = None) -> str:
+    """Return `precision`, with `auto` as bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU.
+
+    A run that began in the precision `former` keeps it under `auto`, also where it goes on on another kind of device.
+    """
     if precision == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision={precision} is not known: use auto, fp32, bf16 or fp16")
+        best = "fp32"
+        if device.type == "cuda":
+            best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return former or best
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision} is not known: use auto, {', '.join(PRECISIONS)}")
     return precision
 
 
@@ -156,10 +162,12 @@ def set_threads(threads: int | str) -> None:
         torch.set_num_threads(int(threads))
 
 
-def set_determinism(deterministic: bool, device: torch.device) -> None:
-    """Choose between algorithms that give the same bits every time and whichever are fastest."""
+def set_arithmetic(precision: str, deterministic: bool, device: torch.device) -> None:
+    """Choose between algorithms that give the same bits every time and whichever are fastest; fp32 means float32."""
     if device.type != "cuda":
         return
+    # torch's default is TF32, with ten bits of mantissa, in convolutions and float32 in matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -167,7 +175,7 @@ def set_determinism(deterministic: bool, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def metadata(cfg: DictConfig, data: Data) -> dict[str, Any]:
+def metadata(cfg: DictConfig, data: Data, precision: str) -> dict[str, Any]:
     """Return what travels with the weights, as plain values: model, preprocessing, classes, data."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     return {
@@ -176,6 +184,7 @@ def metadata(cfg: DictConfig, data: Data) -> dict[str, Any]:
         "classes": list(data.classes),
         "images": len(data.train),
         "data": config["data"],
+        "precision": precision,
     }
 
 

@@ -105,7 +105,7 @@ def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Sessio
     count, seconds = min(2, micro), 0.0
     while True:
         images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
-        batch = Batch(images, torch.arange(count) % classes, torch.arange(count), [])
+        batch = [Batch(images, torch.arange(count) % classes, torch.arange(count), [])]
         times = []
         try:
             for _ in range(1 if seconds > _PATIENCE_S else 3):  # the first of each size warms up

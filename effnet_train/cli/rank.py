@@ -37,11 +37,15 @@ from effnet_train.optim.ema import EMA
 def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Callable[[], None]]:
     """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    precision = build.resolve_precision(cfg.precision, session.device)
-    build.set_threads(cfg.threads)
-    build.set_determinism(cfg.deterministic, session.device)
-    mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     checkpoints = Checkpoints(folder, **cfg.checkpoint)
+    run_folder.check(folder, config)
+    former = checkpoints.newest()
+    precision = build.resolve_precision(
+        cfg.precision, session.device, former["meta"].get("precision") if former else None
+    )
+    build.set_threads(cfg.threads)
+    build.set_arithmetic(precision, cfg.deterministic, session.device)
+    mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
     plan = build.build_plan(cfg, len(data.train))
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
@@ -50,7 +54,6 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
-    former = checkpoints.newest()
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         state.load_state_dict(former, session)
@@ -83,7 +86,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
         batches=partial(_batches, cfg, data, augment, plan, session),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
-        meta=build.metadata(cfg, data),
+        meta=build.metadata(cfg, data, precision),
         select_by=cfg.select_by,
         loggers=loggers,
         session=session,
@@ -135,15 +138,24 @@ def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, step: int) -
 
 def _batches(
     cfg: DictConfig, data: Data, augment: Augment, plan: Plan, session: Session, start: int
-) -> Iterator[Batch]:
+) -> Iterator[tuple[Batch, ...]]:
     order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
     cuda = session.device.type == "cuda"
     workers = build.resolve_workers(cfg.workers, session.device)
-    return train_batches(data, augment, order, start=start, stop=plan.total_steps, workers=workers, pin=cuda)
+    micro_batches = train_batches(
+        data, augment, order, start=start, stop=plan.total_steps, accumulate=cfg.accumulate, workers=workers, pin=cuda
+    )
+    return zip(*[micro_batches] * cfg.accumulate, strict=True)
 
 
 def _evaluate(
-    cfg: DictConfig, data: Data, precision: str, session: Session, source: Source, models: dict[str, nn.Module]
+    cfg: DictConfig,
+    data: Data,
+    precision: str,
+    session: Session,
+    source: Source,
+    models: dict[str, nn.Module],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Metrics]:
     batches = eval_batches(
         source,
@@ -155,7 +167,13 @@ def _evaluate(
         pin=session.device.type == "cuda",
     )
     return evaluate(
-        models, batches, num_images=len(source), preprocess=data.preprocess, precision=precision, session=session
+        models,
+        batches,
+        num_images=len(source),
+        preprocess=data.preprocess,
+        precision=precision,
+        session=session,
+        stopped=stopped,
     )
 
 

@@ -52,14 +52,20 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder.with_name("-".join([folder.name, *(text.replace("/", "_") for text in told_apart)]))
 
 
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Make the run's folder and write its configuration, or check that it holds the same one.
-
-    Raises ValueError, naming the keys, where the folder belongs to another configuration.
-    """
+def check(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError, naming the keys, where the folder belongs to another configuration."""
     file = folder / "config.yaml"
     if file.exists():
         _check_same(folder, yaml.safe_load(file.read_text()), config)
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make the run's folder and write its configuration, where it does not hold the same already.
+
+    Raises ValueError, naming the keys, where it holds another one.
+    """
+    check(folder, config)
+    file = folder / "config.yaml"
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     """Train as one rank. Raises SystemExit(75) where a signal stopped it, with everything saved."""
     from effnet_train.cli.rank import prepare
     from effnet_train.distributed import PREEMPTED_EXIT_CODE, PreemptionNotice, open_session
+    from effnet_train.engine.loggers import tell
     from effnet_train.engine.train import train
 
     cfg = OmegaConf.create(config)
@@ -45,8 +46,7 @@ def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
             if done:
                 finish()
         finally:
-            for logger in run.loggers:
-                logger.close()
+            tell(run.loggers, lambda logger: logger.close())
         if not done and session.is_main:
             print(f"stopped at step {run.state.step:,}, saved in {folder}: the same command goes on", file=sys.stderr)
     if not done:

@@ -1,9 +1,10 @@
 """Batches of decoded, augmented images from worker processes."""
 
+import math
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _loader(images: _Images, batches: Sequence[list[tuple[int, int]]], workers: int, pin: bool) -> DataLoader[Batch]:
+def _loader(images: _Images, batches: Iterable[list[tuple[int, int]]], workers: int, pin: bool) -> DataLoader[Batch]:
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -107,32 +108,47 @@ def _loader(images: _Images, batches: Sequence[list[tuple[int, int]]], workers: 
     )
 
 
-class _TrainBatches:
-    """The (index, key) lists of steps `start` to `stop`, made when asked for."""
+class _MicroBatches:
+    """The (index, key) lists of all micro-batches of `steps`, made when asked for.
 
-    def __init__(self, order: Order, start: int, stop: int) -> None:
-        self.order, self.start, self.stop = order, start, stop
+    A worker makes one at a time: what a rank holds in shared memory shrinks as `accumulate` grows.
+    """
+
+    def __init__(self, order: Order, steps: range, accumulate: int) -> None:
+        self.order, self.steps, self.accumulate = order, steps, accumulate
+        self.size, rest = divmod(order.batch_size // order.world_size, accumulate)
+        assert not rest
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.steps) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.stop):
+        for step in self.steps:
             indices, keys = self.order.batch(step)
-            yield list(zip(indices.tolist(), keys.tolist(), strict=True))
+            items = list(zip(indices.tolist(), keys.tolist(), strict=True))
+            yield from (items[start : start + self.size] for start in range(0, len(items), self.size))
 
 
 def train_batches(
-    data: Data, augment: Augment, order: Order, *, start: int, stop: int, workers: int = 0, pin: bool = False
+    data: Data,
+    augment: Augment,
+    order: Order,
+    *,
+    start: int,
+    stop: int,
+    accumulate: int = 1,
+    workers: int = 0,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of steps `start` to `stop`; the same for any number of workers.
+    """Yield this rank's `accumulate` equal micro-batches for each of the steps from `start` to before `stop`.
 
-    Raises DataError for a corrupt image where the data set says `raise`; else the next image takes its place.
+    They are the same for any number of workers. Raises DataError for a corrupt image where the data set says `raise`;
+    else the next image takes its place.
     """
-    images = _Images(data.train, data.preprocess, augment)
-    for batch in _loader(images, _TrainBatches(order, start, stop), workers, pin):  # type: ignore[arg-type]
+    parts = _MicroBatches(order, range(start, stop), accumulate)
+    for batch in _loader(_Images(data.train, data.preprocess, augment), parts, workers, pin):
         _raise_errors(batch, data.on_error)
-        if len(batch.labels) < order.batch_size // order.world_size:
+        if len(batch.labels) < parts.size:
             raise DataError(
                 f"{_SUBSTITUTES} images in a row cannot be read, the last {batch.errors[-1]}; mend or remove them"
             )
@@ -149,9 +165,12 @@ def eval_batches(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch."""
-    mine = range(rank, len(source), world_size)
-    batches = [[(i, 0) for i in mine[start : start + batch_size]] for start in range(0, len(mine), batch_size)]
+    """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch.
+
+    All ranks have as many batches, so that they can agree on something after each: the last may be empty on some.
+    """
+    mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
+    batches = [[(i, 0) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
     for batch in _loader(_Images(source, data.preprocess, None), batches, workers, pin):
         _raise_errors(batch, data.on_error)
         yield batch

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 BEST = "best.pt"
+_KEYS = ("effnet_train", "step", "model", "ema", "meta")
 _NAME = re.compile(r"step_(\d{9})\.pt")
 
 
@@ -62,11 +63,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} cannot be read as plain tensors: it is damaged, or holds code, which is never run"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # an unpickler that meets other bytes than a pickle's may raise anything
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint {path} is damaged ({reason[0]})") from error
-    if not isinstance(payload, dict) or "effnet_train" not in payload:
-        raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks the key 'effnet_train'")
+    lacking = [key for key in _KEYS if not isinstance(payload, dict) or key not in payload]
+    if lacking:
+        raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks {', '.join(lacking)}")
     return payload
 
 
@@ -84,13 +86,13 @@ def _check_sums(path: Path) -> None:
 class Checkpoints:
     """The checkpoints of one run's folder: `step_*.pt`, of which the last `keep` stay, and `best.pt`.
 
-    A save that fails is reported and tried again at the next; `max_failures` in a row end the run.
+    A save that fails is reported and tried again at the next; failing at `max_failures` steps in a row ends the run.
     """
 
     folder: Path
     keep: int = 3
     max_failures: int = 3
-    failures: int = field(default=0, init=False)
+    failed_steps: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -136,19 +138,19 @@ class Checkpoints:
         try:
             write_atomically(path, lambda file: torch.save(payload, file))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            self.failures += 1
+            self.failed_steps.add(payload["step"])
             free = shutil.disk_usage(path.parent).free
             reason = error.strerror if isinstance(error, OSError) else f"{error}; {free:,} bytes are free on that disk"
             text = f"cannot write {path} ({reason})"
             if must:
                 raise OSError(f"{text}; the checkpoints before it are intact") from error
-            if self.failures >= self.max_failures:
+            if len(self.failed_steps) >= self.max_failures:
                 raise OSError(
-                    f"{text}, {self.failures} times in a row; the checkpoints before it are intact"
+                    f"{text}, at {self.max_failures} steps in a row; the checkpoints before it are intact"
                 ) from error
             print(f"warning: {text}; the one before is intact, training goes on", file=sys.stderr)
             return False
-        self.failures = 0
+        self.failed_steps.clear()
         return True
 
 

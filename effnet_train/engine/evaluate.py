@@ -1,7 +1,8 @@
 """Exact evaluation: every image counted once, over any number of ranks."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -32,9 +33,9 @@ class Metrics:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of a forward pass in `precision` (fp32, bf16 or fp16)."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    """Return the context of a forward pass in `precision` (fp32, tf32, bf16 or fp16)."""
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=halves.get(precision, torch.bfloat16), enabled=precision in halves)
 
 
 def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -46,6 +47,23 @@ def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return ((top == labels[:, None]).any(dim=1) & logits.isfinite().all(dim=1)).sum()
 
 
+class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
+    """An evaluation that was told to stop before its end."""
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Put models into evaluation mode, and back into their own."""
+    modes = [(model, model.training) for model in models]
+    try:
+        for model, _ in modes:
+            model.eval()
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)
+
+
 @torch.inference_mode()
 def evaluate(
     models: dict[str, nn.Module],
@@ -55,33 +73,31 @@ def evaluate(
     preprocess: Preprocess,
     precision: str,
     session: Session,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Metrics]:
     """Score each of `models` on `batches`, this rank's share of `num_images`; each image is read once for all.
 
-    Raises AssertionError where the images of all ranks do not add up to `num_images`.
+    `stopped` is asked after every batch and must give all ranks, which have as many batches, the same answer.
+    Raises Interrupted where it says yes, and AssertionError where all ranks' images do not add up to `num_images`.
     """
     start = time.perf_counter()
     device = session.device
     # For each model: hits at 1, hits at 5, summed loss; and for all: images, skipped images.
     sums = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}
     counts = torch.zeros(2, dtype=torch.int64, device=device)
-    modes = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    for batch in batches:
-        images = normalize(batch.images.to(device, non_blocking=True), preprocess.mean, preprocess.std)
-        labels = batch.labels.to(device, non_blocking=True)
-        counts += torch.tensor([len(labels), len(batch.errors)]).to(device, non_blocking=True)
-        if not len(labels):
-            continue
-        for name, model in models.items():
-            with autocast(device, precision):
-                logits = model(images)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums[name] += torch.stack([hits(logits, labels, 1), hits(logits, labels, 5), loss]).double()
-    for name, model in models.items():
-        model.train(modes[name])
+    with _evaluating(models.values()):
+        for batch in batches:
+            images = normalize(batch.images.to(device, non_blocking=True), preprocess.mean, preprocess.std)
+            labels = batch.labels.to(device, non_blocking=True)
+            counts += torch.tensor([len(labels), len(batch.errors)]).to(device, non_blocking=True)
+            for name, model in models.items() if len(labels) else ():
+                with autocast(device, precision):
+                    logits = model(images)
+                logits = logits.float()
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                sums[name] += torch.stack([hits(logits, labels, 1), hits(logits, labels, 5), loss]).double()
+            if stopped():
+                raise Interrupted
     session.sum_(counts)
     count, skipped = counts.tolist()
     assert count + skipped == num_images, f"{count} images counted and {skipped} skipped of {num_images}"

@@ -35,6 +35,16 @@ class Logger(Protocol):
         """Finish; harmless where `open` was never called, and when called twice."""
 
 
+def tell(loggers: Iterable[Logger], what: Callable[[Logger], None]) -> None:
+    """Tell each logger something; that one cannot write, on a full disk say, is a warning: the run is worth more."""
+    for logger in loggers:
+        try:
+            what(logger)
+        except OSError as error:
+            text = f"{type(logger).__name__} cannot write ({error.strerror or error}): its log may lack lines"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def image_grid(images: np.ndarray, padding: int = 2) -> np.ndarray:
     """Lay images out as one, nearly square and row by row: (N, H, W, 3) uint8 to (H', W', 3) uint8, black between."""
     number, height, width, channels = images.shape

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -15,9 +15,9 @@ from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
 from effnet_train.engine.checkpoint import Checkpoints
-from effnet_train.engine.evaluate import Metrics, autocast, hits
+from effnet_train.engine.evaluate import Interrupted, Metrics, autocast, hits
 from effnet_train.engine.every import Every
-from effnet_train.engine.loggers import Logger
+from effnet_train.engine.loggers import Logger, tell
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.models.layers import frozen_statistics
 from effnet_train.optim.schedules import Schedule
@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Stepper:
-    """One optimizer step on one batch of this rank."""
+    """One optimizer step on one batch of this rank, in `accumulate` micro-batches."""
 
     network: nn.Module  # the state's model, wrapped for several ranks
     loss: nn.Module
@@ -80,9 +80,10 @@ class Stepper:
     mixing: Mixing = field(default_factory=Mixing)
     session: Session = field(default_factory=Session)
 
-    def __call__(self, state: TrainState, batch: Batch, lr: float) -> None:
-        """Train `state` on `batch`. Nothing here waits for the device."""
-        *first, last = micro_batches(batch, self.accumulate)
+    def __call__(self, state: TrainState, batch: Sequence[Batch], lr: float) -> None:
+        """Train `state` on the equal micro-batches of `batch`. Nothing here waits for the device."""
+        assert len(batch) == self.accumulate
+        *first, last = batch
         with no_sync(self.network):
             for part in first:
                 self._backward(state, part)
@@ -138,15 +139,6 @@ def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Te
     statistics[3] = torch.minimum(statistics[3], bad_step)
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    """Yield `count` equal, consecutive parts of a batch."""
-    size = len(batch.labels) // count
-    assert size * count == len(batch.labels)
-    for start in range(0, len(batch.labels), size):
-        part = slice(start, start + size)
-        yield Batch(batch.images[part], batch.labels[part], batch.keys[part], batch.errors)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The parts of a training run; each was made elsewhere and knows nothing of the others."""
@@ -154,8 +146,9 @@ class Run:
     state: TrainState
     plan: Plan
     step: Stepper
-    batches: Callable[[int], Iterable[Batch]]  # from a step to the end
-    evaluate: Callable[[dict[str, nn.Module]], dict[str, Metrics]]
+    batches: Callable[[int], Iterable[Sequence[Batch]]]  # from a step to the end, each in micro-batches
+    # Asks the second argument now and then; raises Interrupted where it says yes.
+    evaluate: Callable[[dict[str, nn.Module], Callable[[], bool]], dict[str, Metrics]]
     checkpoints: Checkpoints
     meta: Mapping[str, Any]  # travels with the weights: model, preprocess, classes, data
     select_by: str
@@ -170,9 +163,8 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
     """
     state, plan = run.state, run.plan
     clock = Clock()
-    stopped = notice.agreed()
-    _look(run, clock, stopped)  # an evaluation that the end of the last process cut off
-    batches: Iterable[Batch] = ()
+    stopped = _look(run, clock, notice)  # an evaluation that the end of the last process cut off
+    batches: Iterable[Sequence[Batch]] = ()
     if state.step < plan.total_steps and not stopped:
         run.step.settle(state, plan.batch_size)
         batches = run.batches(state.step)
@@ -180,33 +172,49 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
     for batch in batches:
         clock.got_data()
         if state.step == 0 and run.loggers:
-            _log_images(run, batch)
+            _log_images(run, batch[0])
         run.step(state, batch, plan.lr(state.step))
-        clock.did_step(plan.batch_size, len(batch.errors))
-        stopped = notice.agreed()
-        _look(run, clock, stopped)
+        clock.did_step(plan.batch_size, sum(len(part.errors) for part in batch))
+        stopped = _look(run, clock, notice)
         if stopped:
             break
     # An evaluation that a signal put off is still to be done.
     return state.step == plan.total_steps and not (stopped and state.evaluated < state.step)
 
 
-def _look(run: Run, clock: "Clock", stopped: bool) -> None:
-    """Log, evaluate and save, where it is time. After a resume nothing is new but an evaluation that was cut off."""
+def _look(run: Run, clock: "Clock", notice: PreemptionNotice) -> bool:
+    """Log, save and evaluate, where it is time; return whether to stop, with all saved.
+
+    What was trained is saved before it is evaluated: whatever ends an evaluation loses nothing, and the next start
+    makes it up. After a resume nothing is new but such an evaluation.
+    """
     state, plan = run.state, run.plan
+    stopped, trained = notice.agreed(), clock.steps > 0
     if clock.images and plan.due(plan.log, state.step):
         _log_training(run, clock)
+    saved = trained and (stopped or plan.due(plan.save, state.step))
+    if saved:
+        _save(run, must=stopped or state.step == plan.total_steps)
     # A signal leaves little time: the evaluation that is due is then made on resuming.
-    evaluate = not stopped and state.evaluated < state.step and plan.due(plan.evaluate, state.step)
-    if evaluate:
-        _check_finite(run)
-        _evaluate(run)
-    if (clock.steps and (stopped or plan.due(plan.save, state.step))) or (evaluate and not clock.steps):
-        _check_finite(run)
-        payload = _payload(run)
-        if run.session.is_main:
-            run.checkpoints.save(payload, must=stopped or state.step == plan.total_steps)
+    if not stopped and state.evaluated < state.step and plan.due(plan.evaluate, state.step):
+        try:
+            _evaluate(run, notice)
+        except Interrupted:
+            stopped = True
+            if trained and not saved:
+                _save(run, must=True)
+        else:
+            if saved or not trained:  # so that a checkpoint of this step knows what was found
+                _save(run, must=state.step == plan.total_steps)
     clock.start()  # looking is not training: it does not count against images/s
+    return stopped
+
+
+def _save(run: Run, *, must: bool) -> None:
+    _check_finite(run)
+    payload = _payload(run)
+    if run.session.is_main:
+        run.checkpoints.save(payload, must=must)
 
 
 def _log_training(run: Run, clock: "Clock") -> None:
@@ -227,8 +235,7 @@ def _log_training(run: Run, clock: "Clock") -> None:
         **clock.rates(),
         **({"train/skipped": skipped} if skipped else {}),
     }
-    for logger in run.loggers:
-        logger.scalars(state.step, values, epoch=plan.epoch(state.step))
+    tell(run.loggers, lambda logger: logger.scalars(state.step, values, epoch=plan.epoch(state.step)))
 
 
 def _check_finite(run: Run) -> None:
@@ -249,16 +256,16 @@ def _not_finite(run: Run, step: int, what: str) -> FloatingPointError:
     )
 
 
-def _evaluate(run: Run) -> None:
-    """Score raw and averaged weights, log both, and keep the best."""
+def _evaluate(run: Run, notice: PreemptionNotice) -> None:
+    """Score raw and averaged weights, log both, and keep the best. Raises Interrupted where ranks agree to stop."""
     state = run.state
-    results = run.evaluate({"val": state.model, "val_ema": state.ema.module})
+    _check_finite(run)
+    results = run.evaluate({"val": state.model, "val_ema": state.ema.module}, notice.agreed)
     values: dict[str, float] = {}
     for name, metrics in results.items():
         values |= metrics.scalars(name)
     state.evaluated = state.step
-    for logger in run.loggers:
-        logger.scalars(state.step, values, epoch=run.plan.epoch(state.step))
+    tell(run.loggers, lambda logger: logger.scalars(state.step, values, epoch=run.plan.epoch(state.step)))
     if run.select_by not in values:
         raise ValueError(f"select_by={run.select_by} is not one of {', '.join(values)}")
     sign = -1 if run.select_by.endswith("loss") else 1
@@ -276,8 +283,8 @@ def _payload(run: Run) -> dict[str, Any]:
 
 
 def _log_images(run: Run, batch: Batch) -> None:
-    for logger in run.loggers:
-        logger.images(run.state.step, "train/images", batch.images[:32].numpy())
+    pixels = batch.images[:32].numpy()
+    tell(run.loggers, lambda logger: logger.images(run.state.step, "train/images", pixels))
 
 
 class Clock:

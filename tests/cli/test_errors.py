@@ -65,7 +65,7 @@ def assert_refused(done: Any, message: str) -> None:
             "batch_size=17 (global) is no multiple of 2 (2 ranks x accumulate=1): try batch_size=16",
         ),
         ("batch_size=17 mixing.mixup_alpha=1", "no multiple of 2 (1 ranks x accumulate=1 x 2, as mixing pairs images)"),
-        ("precision=fp8", "precision=fp8 is not known: use auto, fp32, bf16 or fp16"),
+        ("precision=fp8", "precision=fp8 is not known: use auto, fp32, tf32, bf16, fp16"),
         pytest.param("device=tpu", "device=tpu is not known: use auto, cpu or cuda", marks=pytest.mark.slow),
         ("augment.flip=3", "augment.flip=3 must be a probability: from 0 to 1"),
         pytest.param(

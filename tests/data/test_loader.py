@@ -142,14 +142,17 @@ def test_ranks_share_the_batches_of_one(image_root):
 )
 def test_each_image_is_read_once_over_all_ranks(count, batch_size, world_size, broken):
     data = numbers(count, broken, on_error="skip")
-    found, labels, errors = [], [], []
+    found, labels, errors, lengths = [], [], [], set()
     for rank in range(world_size):
-        for batch in eval_batches(data.val, data, batch_size=batch_size, rank=rank, world_size=world_size):
-            assert 0 < len(batch.labels) + len(batch.errors) <= batch_size
+        share = list(eval_batches(data.val, data, batch_size=batch_size, rank=rank, world_size=world_size))
+        lengths.add(len(share))
+        for batch in share:
+            assert len(batch.labels) + len(batch.errors) <= batch_size
             assert len(batch.images) == len(batch.labels) == len(batch.keys)
             found += seen(batch)
             labels += batch.labels.tolist()
             errors += batch.errors
+    assert len(lengths) == 1  # ranks agree on something after each batch
     assert sorted(data.val.asked) == list(range(count))
     assert sorted(found) == [index for index in range(count) if index not in broken]
     assert labels == [index % 3 for index in found]
@@ -176,7 +179,7 @@ def test_evaluation_takes_the_central_crop(image_root):
 def test_more_ranks_than_images():
     data = numbers(2)
     shares = [[seen(b) for b in eval_batches(data.val, data, batch_size=4, rank=r, world_size=3)] for r in range(3)]
-    assert shares == [[[0]], [[1]], []]
+    assert shares == [[[0]], [[1]], [[]]]
 
 
 def test_batch_of_broken_images_alone():

@@ -61,7 +61,7 @@ def steps(session: distributed.Session, *, sync_bn: int, accumulate: int = 1, co
         session=session,
     )
     for number in range(count):
-        step(state, part(global_batch(number), session), 0.05)
+        step(state, [part(global_batch(number), session)], 0.05)
     return state.state_dict(session)
 
 

@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command: Command, small_disk: 
     assert f"warning: cannot write {small_disk}/run/step_000000002.pt (" in full.stderr
     assert "the one before is intact, training goes on" in full.stderr
     assert full.stderr.count("warning: cannot write") == 2
-    assert "3 times in a row; the checkpoints before it are intact" in full.stderr
+    assert "at 3 steps in a row; the checkpoints before it are intact" in full.stderr
     assert checkpoint.read_bytes() == before
     assert load_checkpoint(small_disk / "run" / "best.pt")["step"] == 1
     assert not [path for path in (small_disk / "run").iterdir() if path.name.startswith(".")]  # nothing half-written

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from effnet_train.data.loader import Batch
+from effnet_train.distributed import PreemptionNotice
 from effnet_train.engine.checkpoint import load_checkpoint
 from effnet_train.engine.state import TrainState
 from effnet_train.engine.train import Stepper
@@ -70,7 +71,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process a real signal in the middle of a step."""
     call = Stepper.__call__
 
-    def with_signal(self: Stepper, state: TrainState, batch: Batch, lr: float) -> None:
+    def with_signal(self: Stepper, state: TrainState, batch: Sequence[Batch], lr: float) -> None:
         call(self, state, batch, lr)
         if state.step == step:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -100,6 +101,61 @@ def test_signals_in_the_middle_of_epochs_and_intervals(train: Train, monkeypatch
         for run in (whole, parts)
     ]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("save", [1, 100])
+def test_a_signal_in_the_middle_of_an_evaluation(train: Train, monkeypatch: pytest.MonkeyPatch, save: int) -> None:
+    """It ends there, with the step saved; the next start makes it up, and the log is that of one run."""
+    options = ("max_steps=4", "evaluate_every.steps=2", f"save_every.steps={save}", "eval_batch_size=100")
+    whole = train("whole", *options)
+    agreed, asked = PreemptionNotice.agreed, []
+
+    def with_signal(self: PreemptionNotice) -> bool:
+        asked.append(True)
+        if len(asked) == 5:  # the start, two steps, two of the evaluation's four batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptionNotice, "agreed", with_signal)
+        with pytest.raises(SystemExit) as left:
+            train("parts", *options)
+    assert left.value.code == 75
+    assert len(asked) == 5
+    assert state(whole.with_name("parts"), 2)["evaluated"] == 0
+    parts = train("parts", *options)
+    assert same(state(whole, 4), state(parts, 4))
+    assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
+    assert rows(whole) == rows(parts)
+
+
+def test_a_crash_in_an_evaluation_loses_no_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("effnet_train.cli.rank.evaluate", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            train("parts")
+    parts, whole = train("parts"), train("whole")
+    assert rows(whole) == rows(parts)
+    assert same(state(whole, 4), state(parts, 4))
+
+
+def test_a_run_keeps_the_precision_it_began_with(train: Train) -> None:
+    """Under `auto` too, which on another device would choose another."""
+    train("run", "max_steps=2", "precision=auto")
+    folder = train("run", "max_steps=2", "precision=auto")
+    path = folder / "step_000000002.pt"
+    payload = load_checkpoint(path)
+    assert payload["meta"]["precision"] == "fp32"
+    payload["meta"]["precision"] = "bf16"  # as on a GPU
+    torch.save(payload, path)
+    train("run", "precision=auto")
+    train("other", "max_steps=2", "precision=fp32")
+    train("other", "precision=fp32")
+    assert state(folder, 4)["meta"]["precision"] == "bf16"
+    assert not same(state(folder, 4)["model"], state(folder.with_name("other"), 4)["model"])
 
 
 def test_a_truncated_checkpoint_is_passed_over(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,13 +66,14 @@ def test_a_failing_save_is_told_and_ends_the_run_in_the_end(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         checkpoints.save(payload(2))
+        checkpoints.save_best(payload(2))  # of the same step: one failure
         checkpoints.save(payload(3))
         assert "No space left on device" in capsys.readouterr().err
-        with pytest.raises(OSError, match=r"No space left on device.*3 times in a row.*intact"):
+        with pytest.raises(OSError, match=r"No space left on device.*at 3 steps in a row.*intact"):
             checkpoints.save(payload(4))
     assert checkpoints.steps() == [1]
     checkpoints.save(payload(5))
-    assert checkpoints.failures == 0
+    assert not checkpoints.failed_steps
     assert checkpoints.steps() == [1, 5]
 
 

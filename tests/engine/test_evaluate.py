@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
-from effnet_train.engine.evaluate import evaluate, hits
+from effnet_train.engine.evaluate import Interrupted, evaluate, hits
 
 PREPROCESS = Preprocess(resolution=2, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
 
@@ -82,4 +82,26 @@ def test_what_is_not_finite_hits_nothing() -> None:
 def test_modes_are_restored() -> None:
     model = FirstPixel(3).train()
     score(model, batches([1], [0], 1), 1)
+    assert model.training
+
+
+def test_an_evaluation_stops_where_it_is_told_to() -> None:
+    model, asked = FirstPixel(3).train(), []
+
+    def stopped() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    parts = batches([1, 2, 3, 4], [0, 1, 0, 2], 1)
+    with pytest.raises(Interrupted):
+        evaluate(
+            {"m": model},
+            parts,
+            num_images=4,
+            preprocess=PREPROCESS,
+            precision="fp32",
+            session=Session(),
+            stopped=stopped,
+        )
+    assert len(asked) == 2
     assert model.training

@@ -24,6 +24,7 @@ from effnet_train.engine.loggers import (
     TensorBoardLogger,
     WandbLogger,
     image_grid,
+    tell,
 )
 from effnet_train.engine.progress import ProgressLogger, duration
 
@@ -386,3 +387,18 @@ def test_importing_the_loggers_is_light():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_ends_no_run(tmp_path):
+    """The device that is always full stands for the disk."""
+    full, good = JsonlLogger(), JsonlLogger("other.jsonl")
+    for logger in (full, good):
+        logger.open(tmp_path, step=0, config={})
+    full.close()
+    full._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    for step in (1, 2):
+        with pytest.warns(RuntimeWarning, match=r"JsonlLogger cannot write \(No space left on device\)"):
+            tell([full, good], lambda logger, step=step: logger.scalars(step, {"train/loss": 1.0}, epoch=0.5))
+    assert [json.loads(line)["step"] for line in (tmp_path / "other.jsonl").read_text().splitlines()] == [1, 2]
+    with pytest.warns(RuntimeWarning, match="its log may lack lines"):
+        tell([full, good], lambda logger: logger.close())
