@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -164,9 +165,11 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
 
     The exit code of the first rank that failed becomes this process's.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logs = tempfile.TemporaryDirectory(prefix="effnet_train-", ignore_cleanup_errors=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -179,12 +182,13 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
         start_method="spawn",
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the others go to the ranks, which know how to stop
+        logs_specs=DefaultLogsSpecs(logs.name),  # its own choice stays in the temporary folder for ever
     )
     # Each rank tells of its own failure, once; the launcher would repeat it with tracebacks of its own.
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with _forwarded_signals():
+        with logs, _forwarded_signals():
             elastic_launch(config, function)(*args)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
