@@ -1,6 +1,7 @@
 """From configuration to parts; no part receives the configuration."""
 
 import importlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from effnet_train.analysis.complexity import training_memory
+from effnet_train.cli.app import CONFIG_DIR
 from effnet_train.data.datasets import Data
 from effnet_train.distributed import Session
-from effnet_train.engine.checkpoint import Weights
+from effnet_train.engine.checkpoint import Weights, load_weights
 from effnet_train.engine.every import Every
 from effnet_train.engine.train import Plan
 from effnet_train.optim.param_groups import param_groups
@@ -186,6 +188,51 @@ def metadata(cfg: DictConfig, data: Data, precision: str) -> dict[str, Any]:
         "data": config["data"],
         "precision": precision,
     }
+
+
+def model_variants() -> dict[str, dict[str, Any]]:
+    """Return the model configurations that `model=` may choose, by name, without those that only others build on."""
+    nodes: Any = {path.stem: OmegaConf.load(path) for path in sorted((CONFIG_DIR / "model").glob("*.yaml"))}
+    bases = {name: list(node.pop("defaults", [])) for name, node in nodes.items()}
+    inherited = {base for names in bases.values() for base in names}
+
+    def whole(name: str) -> Any:
+        return OmegaConf.merge(*(whole(base) for base in bases[name]), nodes[name])
+
+    found: Any = {name: OmegaConf.to_container(whole(name)) for name in nodes if name not in inherited}
+    return found
+
+
+def read_weights(name: str, session: Session, *, which: str = "ema", source: str | None = None) -> Weights:
+    """Read weights from a file, a folder, or by name; rank 0 first, which may download them."""
+    with session.main_first():
+        return load_weights(name, which, source=source, variants=model_variants())
+
+
+def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
+    """Check that a run computes and normalises as the weights it starts from expect, which no shape tells.
+
+    Raises ValueError naming every key that differs, both values, and the overrides to give.
+    """
+    here = {"model": cfg.model, "data.preprocess": cfg.data.preprocess}
+    there = {"model": meta["model"], "data.preprocess": meta["preprocess"]}
+    keys = {"model": ("padding", "bn_eps", "activation"), "data.preprocess": ("mean", "std")}
+    differing = {
+        f"{part}.{key}": (here[part][key], there[part][key])
+        for part, names in keys.items()
+        for key in names
+        if not _alike(here[part][key], there[part][key])
+    }
+    if differing:
+        told = "; ".join(f"{key} is {one} here and {other} there" for key, (one, other) in differing.items())
+        overrides = " ".join(f"{key}={str(other).replace(' ', '')}" for key, (_, other) in differing.items())
+        raise ValueError(f"init_from={cfg.init_from} holds weights of other settings ({told}): give {overrides}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return math.isclose(one, other, rel_tol=1e-4) if isinstance(other, float) else bool(one == other)
 
 
 def load_into(model: nn.Module, weights: Weights, source: str) -> None:

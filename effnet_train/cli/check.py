@@ -32,7 +32,7 @@ TRAIN: Mapping[str, Any] = {
     "clip_norm": float | None,
     **dict.fromkeys(("accumulate", "threads"), int | Literal["auto"]),
     "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
-    "init_from": str | None,
+    **dict.fromkeys(("init_from", "init_source"), str | None),
     "run_root": str,
     "name": str | int,
 }
@@ -41,7 +41,7 @@ EVAL: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "split"), str),
     "resolution": int | None,
     "check_classes": bool,
-    "output": str | None,
+    **dict.fromkeys(("source", "output"), str | None),
 }
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {

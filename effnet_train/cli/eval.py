@@ -41,19 +41,20 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
     from effnet_train.cli import build
     from effnet_train.data.loader import eval_batches
     from effnet_train.distributed import open_session
-    from effnet_train.engine.checkpoint import find_checkpoint, load_weights
     from effnet_train.engine.evaluate import evaluate
 
-    file = find_checkpoint(Path(config["checkpoint"]))
+    file = _file(config)
     _check_request(config, file)
-    weights = load_weights(file, config["weights"])
-    meta = weights.meta
-    build.check_targets(dict(meta), str(file))
     with open_session(device) as session:
+        weights = build.read_weights(
+            str(file or config["checkpoint"]), session, which=config["weights"], source=config["source"]
+        )
+        meta = weights.meta
+        build.check_targets(dict(meta), str(file or config["checkpoint"]))
         data = build.build_data(OmegaConf.create(_data_config(config, meta)), session)
         check_classes(data.classes, meta["classes"], by_name=config["check_classes"])
         model = build.build_model(meta["model"], len(meta["classes"]))
-        build.load_into(model, weights, str(file))
+        build.load_into(model, weights, config["checkpoint"])
         model = build.place(model, session.device)
         source = _split(data, config["split"])
         batches = eval_batches(
@@ -74,12 +75,20 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
             session=session,
         )["model"]
         if session.is_main:
-            report(file, config, metrics, data.preprocess.resolution, int(meta.get("step", 0)))
+            report(file, config, metrics, data.preprocess.resolution, meta)
 
 
-def _check_request(config: Mapping[str, Any], file: Path) -> None:
+def _file(config: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint's file, or None where it is given by the name of published weights."""
+    from effnet_train.engine.checkpoint import find_checkpoint
+    from effnet_train.models.published import is_name
+
+    return None if is_name(config["checkpoint"]) else find_checkpoint(Path(config["checkpoint"]))
+
+
+def _check_request(config: Mapping[str, Any], file: Path | None) -> None:
     """Check, before the work, what would only be noticed after it. Raises ValueError."""
-    if file.suffix == ".safetensors" and config["weights"] == "raw":
+    if file is not None and file.suffix == ".safetensors" and config["weights"] == "raw":
         raise ValueError(f"weights=raw: {file} holds the selected weights only; give the run's best.pt or step_*.pt")
     if config["output"] and not Path(config["output"]).absolute().parent.is_dir():
         raise ValueError(f"output={config['output']}: its folder does not exist, make it first")
@@ -87,17 +96,24 @@ def _check_request(config: Mapping[str, Any], file: Path) -> None:
 
 def _data_config(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
+    from effnet_train.data.preprocess import Preprocess
+
     chosen = config["data"]
     if "_target_" not in chosen:
+        if not meta["data"]:
+            raise ValueError(
+                f"checkpoint={config['checkpoint']} carries no data set: choose one, as data=imagenet data.root=/path"
+            )
         chosen = {**meta["data"], **{key: value for key, value in chosen.items() if value is not None}}
     elif not Path(chosen["root"]).is_dir() and all(
         chosen.get(k) == meta["data"].get(k) for k in ("_target_", "dataset")
     ):
         chosen = {**chosen, "root": meta["data"]["root"]}  # the same data set, where the checkpoint's run had it
-    preprocess = {"_target_": "effnet_train.data.preprocess.Preprocess", **meta["preprocess"]}
+    preprocess = Preprocess(**meta["preprocess"])
     if config["resolution"] is not None:
-        preprocess["resolution"] = config["resolution"]
-    return {**chosen, "preprocess": preprocess}
+        preprocess = preprocess.at(config["resolution"])
+    target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
+    return {**chosen, "preprocess": {**target, **preprocess.to_dict()}}
 
 
 def check_classes(found: tuple[str, ...], expected: list[str], *, by_name: bool) -> None:
@@ -125,22 +141,27 @@ def _split(data: Any, split: str) -> Any:
     return splits[split]
 
 
-def report(file: Path, config: Mapping[str, Any], metrics: Any, resolution: int, step: int) -> None:
+def report(
+    file: Path | None, config: Mapping[str, Any], metrics: Any, resolution: int, meta: Mapping[str, Any]
+) -> None:
     """Print a table for people and a JSON line for programs; write the line to the output file."""
     from dataclasses import asdict
 
     from effnet_train.engine.checkpoint import write_atomically
 
-    which = "selected" if file.suffix == ".safetensors" else config["weights"]
+    step = int(meta.get("step", 0))
+    exported = file is not None and file.suffix == ".safetensors"
+    which = meta.get("source") or ("selected" if exported else config["weights"])
     record = {
-        "checkpoint": str(file),
+        "checkpoint": str(file or config["checkpoint"]),
         "weights": which,
         "split": config["split"],
         "step": step,
         "resolution": resolution,
         **asdict(metrics),
     }
-    print(f"{file} ({which} weights of step {step:,}), {config['split']} at {resolution} pixels")
+    whose = f"weights of {which}" if "source" in meta else f"{which} weights of step {step:,}"
+    print(f"{record['checkpoint']} ({whose}), {config['split']} at {resolution} pixels")
     print(f"  top-1     {metrics.top1:8.2%}")
     print(f"  top-5     {metrics.top5:8.2%}")
     print(f"  loss      {metrics.loss:8.4f}")
@@ -148,7 +169,10 @@ def report(file: Path, config: Mapping[str, Any], metrics: Any, resolution: int,
     print(f"  images/s  {metrics.images_per_s:8,.0f}")
     line = json.dumps(record)
     print(line)
-    output = Path(config["output"]) if config["output"] else file.parent / "eval.json"
+    beside = None if file is None else file.parent / "eval.json"  # but not into a cache, where names lead
+    output = Path(config["output"]) if config["output"] else beside
+    if output is None:
+        return
     try:
         write_atomically(output, lambda stream: _write(stream, line + "\n"))
     except OSError as error:

@@ -21,6 +21,7 @@ from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
 from effnet_train.engine.checkpoint import (
     BEST,
+    EXPORT,
     Checkpoints,
     Weights,
     export_safetensors,
@@ -108,7 +109,9 @@ def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tup
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
     if cfg.init_from is not None:
-        build.load_into(model, load_weights(Path(cfg.init_from)), cfg.init_from)
+        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
+        build.check_same_settings(cfg, weights.meta)
+        build.load_into(model, weights, cfg.init_from)
     model = build.place(model, session.device).train()
     ema = EMA(model, cfg.ema_decay)
     sync_batch_norm(model, session, cfg.sync_bn)
@@ -198,7 +201,7 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
         lines.append(f"test/top1 {metrics.top1:.2%}")
     if not session.is_main:
         return
-    export_safetensors(folder / "model.safetensors", weights)
+    export_safetensors(folder / EXPORT, weights)
     write_atomically(folder / "summary.json", lambda file: _write(file, json.dumps(summary, indent=2) + "\n"))
     print(f"done: {run.state.step:,} steps; best at step {int(run.state.best.get('step', 0)):,}: {', '.join(lines)}")
     print(f"  checkpoint  {folder / BEST}")

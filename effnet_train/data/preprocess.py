@@ -1,7 +1,7 @@
 """The evaluation crop, and from pixels to the model's input: what a checkpoint must carry to be used."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ class Preprocess:
     """How images become inputs: `resolution` pixels square, mean and std of pixels in [0, 1].
 
     The evaluation crop is the central square of `resolution / (resolution + crop_padding)` of the shorter side;
-    with crop_padding 0, all of it. Raises ValueError.
+    with crop_padding 0, all of it. With `resize`, timm's and torchvision's rule is used instead: scale the shorter side
+    to so many pixels, then cut out the central square of `resolution`. Raises ValueError.
     """
 
     resolution: int
@@ -26,10 +27,13 @@ class Preprocess:
     std: tuple[float, float, float] = IMAGENET_STD
     crop_padding: int = 32
     interpolation: str = "bicubic"
+    resize: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("resolution", 1), ("crop_padding", 0)):
+        for name, least in (("resolution", 1), ("crop_padding", 0), ("resize", self.resolution)):
             value = getattr(self, name)
+            if name == "resize" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"preprocess.{name}={value!r} must be a whole number of at least {least}")
         for name in ("mean", "std"):
@@ -42,6 +46,11 @@ class Preprocess:
             raise ValueError(f"preprocess.std={list(self.std)} must be positive; for no scaling give [1, 1, 1]")
         if self.interpolation not in _filters():
             raise ValueError(f"preprocess.interpolation={self.interpolation!r} is none of {', '.join(_filters())}")
+
+    def at(self, resolution: int) -> "Preprocess":
+        """Return the same rule at another resolution: `resize` keeps its proportion to it, rounded down as in timm."""
+        resize = None if self.resize is None else self.resize * resolution // self.resolution
+        return replace(self, resolution=resolution, resize=resize)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values for JSON."""
@@ -78,7 +87,18 @@ def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, i
 
 def central_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """Return the evaluation crop of an RGB image at the model's resolution."""
+    if preprocess.resize is not None:
+        return _resized_and_cropped(image, preprocess.resize, preprocess)
     return crop_and_resize(image, central_box(*image.size, preprocess), preprocess)
+
+
+def _resized_and_cropped(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:
+    """Scale the shorter side to so many pixels and cut out the centre, to the pixel as torchvision's transforms do."""
+    width, height = (shorter * side // min(image.size) for side in image.size)
+    image = image.resize((width, height), _filters()[preprocess.interpolation])
+    # Rounded half to even: of a margin of 1 or 5 pixels the smaller half lies on the left, of one of 3 the larger.
+    left, top = (round((side - preprocess.resolution) / 2) for side in (width, height))
+    return image.crop((left, top, left + preprocess.resolution, top + preprocess.resolution))
 
 
 def eval_image(image: Image.Image, preprocess: Preprocess) -> np.ndarray:

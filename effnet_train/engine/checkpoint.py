@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: written beside, synced, renamed; read without running code."""
 
+import argparse
 import json
 import os
 import pickle
@@ -16,8 +17,13 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
+from effnet_train.data.preprocess import Preprocess
+from effnet_train.models import formats, pretrained, published
+
 BEST = "best.pt"
 _KEYS = ("effnet_train", "step", "model", "ema", "meta")
+EXPORT = "model.safetensors"  # the hub's name for it too
+_INDEX = ".index"  # of a TensorFlow checkpoint
 _NAME = re.compile(r"step_(\d{9})\.pt")
 
 
@@ -53,10 +59,24 @@ def write_atomically(path: Path, write: _Writer) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to host memory. No code in the file is run. Raises CheckpointError, with the reason."""
+    """Read one of our checkpoints to host memory. No code in it is run. Raises CheckpointError, with the reason."""
+    payload = _load_payload(path)
+    lacking = [key for key in _KEYS if not isinstance(payload, dict) or key not in payload]
+    if lacking:
+        raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks {', '.join(lacking)}")
+    return payload
+
+
+def _is_ours(payload: object) -> bool:
+    return isinstance(payload, dict) and "effnet_train" in payload
+
+
+def _load_payload(path: Path) -> Any:
     try:
         _check_sums(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts save their command line along: a namespace, which is no more than a dictionary.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist") from error
     except pickle.UnpicklingError as error:
@@ -66,10 +86,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # an unpickler that meets other bytes than a pickle's may raise anything
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint {path} is damaged ({reason[0]})") from error
-    lacking = [key for key in _KEYS if not isinstance(payload, dict) or key not in payload]
-    if lacking:
-        raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks {', '.join(lacking)}")
-    return payload
 
 
 def _check_sums(path: Path) -> None:
@@ -155,51 +171,126 @@ class Checkpoints:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the file meant by `path`: itself, or of a run's folder `best.pt`, else the newest step."""
+    """Return the file meant by `path`: itself; of a folder, a run's `best.pt`, else its newest step, else an export.
+
+    A TensorFlow checkpoint, given by its prefix or its folder, is its `.index` file.
+    """
     if path.is_file():
         return path
+    index = _tensorflow_index(path)
+    if index is not None:
+        return index
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint={path} does not exist: give a .pt or .safetensors file, or a run's folder")
+        raise CheckpointError(
+            f"checkpoint={path} does not exist: give a .pt or .safetensors file, or a run's folder, or a name "
+            f"({'..., '.join(published.PREFIXES)}...)"
+        )
     steps = Checkpoints(path).steps()
     if (path / BEST).is_file():
         return path / BEST
     if steps:
         return Checkpoints(path).path(steps[-1])
+    if (path / EXPORT).is_file():
+        return path / EXPORT
     raise CheckpointError(f"checkpoint={path} holds neither {BEST} nor step_*.pt: is it a run's folder?")
+
+
+def _tensorflow_index(path: Path) -> Path | None:
+    """Return the `.index` file of a TensorFlow checkpoint's prefix, or of a folder that holds one."""
+    beside = Path(f"{path}{_INDEX}")
+    if beside.is_file():
+        return beside
+    inside = sorted(path.glob(f"*{_INDEX}")) if path.is_dir() else []
+    if len(inside) > 1:
+        raise CheckpointError(
+            f"checkpoint={path} holds {len(inside)} TensorFlow checkpoints: give one of "
+            f"{', '.join(str(index.with_suffix('')) for index in inside)}"
+        )
+    return inside[0] if inside else None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights with all that is needed to use them: `meta` holds model, preprocess, classes, data, step."""
+    """Weights with all that is needed to use them: `meta` holds model, preprocess, classes, data, step.
+
+    Published weights have no data and no step; `source` says whose they are.
+    """
 
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any]
 
 
-def load_weights(path: Path, which: str = "ema") -> Weights:
-    """Read the `ema` or the `raw` weights of a checkpoint, of a run's folder, or of an exported .safetensors."""
+def load_weights(
+    path: Path | str,
+    which: str = "ema",
+    *,
+    source: str | None = None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Weights:
+    """Read the `ema` or the `raw` weights of a checkpoint, a run's folder, an export, or of other libraries' weights.
+
+    `path` may also be a name, `timm:...`, `torchvision:...` or `hub:...`, which is fetched where it is not here yet.
+    For other libraries' weights: `source` says whose they are, where that is not evident (`pretrained.SOURCES`), and
+    `variants` are the model configurations, by name, that they may be of. Raises ValueError, FileNotFoundError.
+    """
     if which not in ("ema", "raw"):
         raise ValueError(f"weights={which} is not known: use ema or raw")
-    file = find_checkpoint(path)
+    given = pretrained.given_origin(source)
+    name = str(path) if published.is_name(str(path)) else None
+    file = published.fetch(name) if name else find_checkpoint(Path(path))
+    try:
+        weights, tensors = _read(file, which)
+        if weights is not None:
+            if given is not None:
+                raise ValueError(f"source={source}: it says itself what it holds; leave source= away")
+            return weights
+        tensors, meta = pretrained.interpret(
+            tensors,
+            variants or {},
+            given=given,
+            found=pretrained.evident_origin(file, name),
+            tensorflow=file.suffix == _INDEX,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {name or file}: {error}") from error
+    return Weights(tensors, {**meta, "preprocess": Preprocess(**meta["preprocess"]).to_dict()})
+
+
+def _read(file: Path, which: str) -> tuple[Weights | None, Mapping[str, Tensor]]:
+    """Read a file's weights with what they are, or, where it doesn't say, its tensors alone."""
+    if file.suffix == _INDEX:
+        return None, _read_tensorflow(file.with_suffix(""))
     if file.suffix == ".safetensors":
-        return _load_safetensors(file)
-    payload = load_checkpoint(file)
+        tensors, header = _load_safetensors(file)
+        described = None if header else pretrained.described_beside(file, "preprocess")
+        meta = json.loads(header) if header else described and described[1]
+        return (Weights(tensors, meta), {}) if meta else (None, formats.state_dict_of(tensors, which))
+    payload = _load_payload(file)
+    if not _is_ours(payload):
+        return None, formats.state_dict_of(payload, which)
     meta = {**payload["meta"], "step": payload["step"]}
-    return Weights(payload["ema" if which == "ema" else "model"], meta)
+    return Weights(payload["ema" if which == "ema" else "model"], meta), {}
 
 
-def _load_safetensors(path: Path) -> Weights:
+def _read_tensorflow(prefix: Path) -> Mapping[str, Tensor]:
+    """Read a TensorFlow checkpoint's weights under our names."""
+    from effnet_train.models.tensorflow import read_tensorflow
+
+    return read_tensorflow(prefix)
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read a .safetensors file's tensors, and our part of its header, where there is one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("effnet_train")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
-    if header is None:
-        raise CheckpointError(f"{path} does not say which model it holds: its metadata lack 'effnet_train'")
-    return Weights(tensors, json.loads(header))
 
 
 def export_safetensors(path: Path, weights: Weights) -> None:
