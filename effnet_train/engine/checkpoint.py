@@ -19,6 +19,7 @@ from torch import Tensor
 
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.models import formats, pretrained, published
+from effnet_train.models.tf_checkpoint import read_tensorflow
 
 BEST = "best.pt"
 _KEYS = ("effnet_train", "step", "model", "ema", "meta")
@@ -261,7 +262,7 @@ def load_weights(
 def _read(file: Path, which: str) -> tuple[Weights | None, Mapping[str, Tensor]]:
     """Read a file's weights with what they are, or, where it doesn't say, its tensors alone."""
     if file.suffix == _INDEX:
-        return None, _read_tensorflow(file.with_suffix(""))
+        return None, read_tensorflow(file.with_suffix(""), which=which)
     if file.suffix == ".safetensors":
         tensors, header = _load_safetensors(file)
         described = None if header else pretrained.described_beside(file, "preprocess")
@@ -272,13 +273,6 @@ def _read(file: Path, which: str) -> tuple[Weights | None, Mapping[str, Tensor]]
         return None, formats.state_dict_of(payload, which)
     meta = {**payload["meta"], "step": payload["step"]}
     return Weights(payload["ema" if which == "ema" else "model"], meta), {}
-
-
-def _read_tensorflow(prefix: Path) -> Mapping[str, Tensor]:
-    """Read a TensorFlow checkpoint's weights under our names."""
-    from effnet_train.models.tensorflow import read_tensorflow
-
-    return read_tensorflow(prefix)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -1,5 +1,7 @@
 """Parity with timm and torchvision: same weights, same logits, same gradients; float64 leaves no room for rounding."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -8,22 +10,7 @@ from torch import Tensor, nn
 
 from effnet_train.models.efficientnet import EfficientNet
 
-
-def randomise(model: nn.Module) -> None:
-    """Give BatchNorm statistics and parameters that matter."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 2.0),
-            ):
-                assert tensor is not None
-                tensor.data.uniform_(low, high, generator=generator)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            module.bias.data.uniform_(-0.5, 0.5, generator=generator)
+Randomise = Callable[..., nn.Module]
 
 
 def copy_by_order(theirs: nn.Module, ours: nn.Module) -> None:
@@ -51,7 +38,7 @@ def images(*size: int) -> Tensor:
         ),
     ],
 )
-def test_logits_equal_timm(name: str, arguments: dict) -> None:
+def test_logits_equal_timm(randomise: Randomise, name: str, arguments: dict) -> None:
     theirs = timm.create_model(name, num_classes=10).double().eval()
     randomise(theirs)
     ours = EfficientNet(num_classes=10, **arguments).double().eval()
@@ -63,7 +50,7 @@ def test_logits_equal_timm(name: str, arguments: dict) -> None:
             torch.testing.assert_close(ours(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_logits_equal_torchvision() -> None:
+def test_logits_equal_torchvision(randomise: Randomise) -> None:
     theirs = torchvision.models.efficientnet_b0(num_classes=10).double().eval()
     randomise(theirs)
     ours = EfficientNet(num_classes=10, padding="symmetric", bn_eps=1e-5).double().eval()
@@ -73,9 +60,9 @@ def test_logits_equal_torchvision() -> None:
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_equal_timm() -> None:
-    theirs = timm.create_model("tf_efficientnet_b0", num_classes=10, drop_rate=0.0, drop_path_rate=0.0).double().train()
-    randomise(theirs)
+def test_gradients_equal_timm(randomise: Randomise) -> None:
+    theirs = timm.create_model("tf_efficientnet_b0", num_classes=10, drop_rate=0.0, drop_path_rate=0.0).double()
+    randomise(theirs).train()
     ours = EfficientNet(num_classes=10, dropout=0.0, drop_connect=0.0).double().train()
     copy_by_order(theirs, ours)
     starts = [m.running_mean.clone() for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
