@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -256,3 +257,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Return the published variants, `configs/model/b*.yaml` and `lite*.yaml`, as plain configurations by name."""
+    names = sorted(path.stem for pattern in ("b?", "lite?") for path in (CONFIG_DIR / "model").glob(f"{pattern}.yaml"))
+    found: dict[str, Any] = {}
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        for name in names:
+            cfg = hydra.compose("train", overrides=[f"model={name}"])
+            found[name] = OmegaConf.to_container(cfg.model, resolve=True)
+    return found
