@@ -5,10 +5,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -261,10 +262,14 @@ def _plain(value: Any) -> Any:
 
 def variants() -> dict[str, dict[str, Any]]:
     """Return the published variants, `configs/model/b*.yaml` and `lite*.yaml`, as plain configurations by name."""
-    names = sorted(path.stem for pattern in ("b?", "lite?") for path in (CONFIG_DIR / "model").glob(f"{pattern}.yaml"))
-    found: dict[str, Any] = {}
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        for name in names:
-            cfg = hydra.compose("train", overrides=[f"model={name}"])
-            found[name] = OmegaConf.to_container(cfg.model, resolve=True)
-    return found
+    folder = CONFIG_DIR / "model"
+    return {path.stem: _with_defaults(path) for pattern in ("b?", "lite?") for path in folder.glob(f"{pattern}.yaml")}
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """Read a model's YAML and what its defaults list names; Hydra's own composition is closed inside a command."""
+    config = yaml.safe_load(path.read_text())
+    merged: dict[str, Any] = {}
+    for parent in config.pop("defaults", ()):
+        merged |= _with_defaults(path.with_name(f"{parent}.yaml"))
+    return merged | config

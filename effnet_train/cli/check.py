@@ -43,6 +43,11 @@ EVAL: Mapping[str, Any] = {
     "check_classes": bool,
     **dict.fromkeys(("source", "output"), str | None),
 }
+EXPORT: Mapping[str, Any] = {
+    **dict.fromkeys(("checkpoint", "weights", "format"), str),
+    "fold": bool,
+    **dict.fromkeys(("output", "push_to_hub"), str | None),
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",

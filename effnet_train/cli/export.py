@@ -1,0 +1,41 @@
+"""`effnet-export`: a checkpoint for timm, torchvision, the Hugging Face hub, ONNX or torch.export."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.app import command
+
+
+def task(cfg: DictConfig) -> None:
+    """Load the checkpoint, write it in the format asked for, and say how exact it is."""
+    from effnet_train.cli import build, check
+    from effnet_train.engine.checkpoint import find_checkpoint, load_weights
+    from effnet_train.export import SUFFIXES, export, push_to_hub
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.EXPORT)
+    fmt = config["format"]
+    if config["push_to_hub"] and fmt != "hub":
+        raise ValueError(f"push_to_hub={config['push_to_hub']} needs format=hub, not format={fmt}")
+    file = find_checkpoint(Path(config["checkpoint"]))
+    weights = load_weights(file, config["weights"])
+    build.check_targets(dict(weights.meta), str(file))
+    model = build.build_model(weights.meta["model"], len(weights.meta["classes"]))
+    build.load_into(model, weights, str(file))
+    output = Path(config["output"]) if config["output"] else file.with_name(file.stem + SUFFIXES.get(fmt, ""))
+    if output.resolve() == file.resolve():
+        raise ValueError(f"output={output} is the checkpoint itself: choose another name")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output={output}: its folder does not exist, make it first")
+    difference = export(model, weights.meta, fmt, output, variants=build.variants(), fold=config["fold"])
+    print(f"{output}: {fmt}, logits within {difference:.1g} of the largest")
+    if config["push_to_hub"]:
+        print(push_to_hub(output, config["push_to_hub"]))
+
+
+main = command("export", task)
+
+if __name__ == "__main__":
+    main()
