@@ -87,7 +87,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = line["value"]["content"].encode()
-            self._answer({"commitUrl": "http://127.0.0.1/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None})
+            commit = f"http://{self.headers['Host']}/me/mine/commit/{'1' * 40}"
+            self._answer({"commitUrl": commit, "commitOid": "1" * 40, "pullRequestUrl": None})
         else:
             self._answer({}, 404)
 
