@@ -10,12 +10,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_train.engine.checkpoint import Weights, export_safetensors, write_atomically
+from effnet_train.engine.checkpoint import EXPORT, Weights, export_safetensors, write_atomically
+from effnet_train.models import published
 from effnet_train.models.formats import from_ours
 from effnet_train.models.surgery import fold_batch_norm
 
@@ -44,8 +45,8 @@ def export(
 ) -> float:
     """Write `model` to `output` in the format `fmt`, one of SUFFIXES; return how far the logits differ from ours.
 
-    `meta` is what travels with weights, `variants` are the published model configurations by name. The difference is
-    the largest, over that of the largest logit. Nothing is written where it exceeds TOLERANCE.
+    `meta` is what travels with weights, `variants` are model configurations by name, the published ones among them. The
+    difference is the largest, over the largest logit. Nothing is written where it exceeds TOLERANCE.
     Raises ValueError, naming the remedy, where the format has no such network.
     """
     if fmt not in SUFFIXES:
@@ -64,10 +65,13 @@ def export(
             return 0.0
         theirs = to_torchvision(model, meta, variants) if fmt == "torchvision" else to_timm(model, meta, variants)
         difference = _held(theirs, model, [(2, 3, 64, 96), (1, 3, 75, 53)], fmt)
+    # So that it can be read back as what it is, with a BatchNorm of their epsilon.
+    names = "torchvision" if fmt == "torchvision" else "timm"
+    meta = {**meta, "names": names, "model": {**meta["model"], "bn_eps": _eps(theirs)}}
     if fmt == "hub":
         write_hub(theirs, meta, output)
     else:
-        write_state_dict(theirs.state_dict(), output)
+        write_state_dict(theirs, meta, output)
     return difference
 
 
@@ -103,8 +107,9 @@ def to_torchvision(model: nn.Module, meta: Mapping[str, Any], variants: Mapping[
 def variant(config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], library: str) -> str:
     """Return the name of the published variant whose shape `config` has. Raises ValueError where there is none."""
     shape = ("_target_", "width", "depth", "se_ratio", "activation", "fixed_ends")
-    for name, published in variants.items():
-        if all(published[key] == config[key] for key in shape) and not (library == "torchvision" and "lite" in name):
+    for name, described in variants.items():
+        known = published.ARCHITECTURE.fullmatch(f"efficientnet_{name}") and (library == "timm" or "lite" not in name)
+        if known and all(described[key] == config[key] for key in shape):
             return name
     text = ", ".join(f"{key}={config[key]}" for key in shape[1:])
     raise ValueError(f"{library} has no EfficientNet of {text}: choose format=onnx, torch_export or effnet_train")
@@ -181,31 +186,33 @@ def _held(theirs: Network, ours: Network, shapes: list[tuple[int, ...]], what: s
     return worst
 
 
-def write_state_dict(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict by the suffix of `path`: .safetensors, or torch's own for .pth and .pt."""
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def write_state_dict(theirs: nn.Module, meta: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict by the suffix of `path`, .safetensors, or torch's own .pth and .pt, and `meta` beside it."""
+    tensors = theirs.state_dict()
     if path.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        data = save(plain, {"format": "pt"})
+        export_safetensors(path, Weights(tensors, meta))
     elif path.suffix in (".pth", ".pt"):
         stream = io.BytesIO()
-        torch.save(plain, stream)
-        data = stream.getvalue()
+        torch.save(tensors, stream)
+        _write(path, stream.getvalue())
+        _write(path.with_suffix(".json"), json.dumps(meta, indent=2, sort_keys=True).encode() + b"\n")
     else:
         raise ValueError(f"output={path}: its name must end in .safetensors, .pth or .pt")
-    write_atomically(path, lambda file: _write(file, data))
 
 
-def _write(file: Any, data: bytes) -> None:
-    file.write(data)
+def _write(path: Path, data: bytes) -> None:
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_atomically(path, write)
 
 
 def write_hub(theirs: nn.Module, meta: Mapping[str, Any], folder: Path) -> None:
     """Write a folder as the Hugging Face hub lays it out: model.safetensors, config.json, README.md.
 
     timm reads it (`timm.create_model("local-dir:...")`, or "hf-hub:owner/name" once it is there), and so do we, who
-    find in it what timm's configuration has no words for. Raises FileExistsError where `folder` holds something else.
+    find in the weights' header what timm's configuration has no words for. Raises FileExistsError where `folder` holds
+    something else.
     """
     from timm.models import save_for_hf
 
@@ -214,8 +221,8 @@ def write_hub(theirs: nn.Module, meta: Mapping[str, Any], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        config = {"label_names": list(meta["classes"]), "effnet_train": dict(meta)}
-        save_for_hf(theirs, str(unfinished), model_config=config, safe_serialization=True)
+        save_for_hf(theirs, str(unfinished), {"label_names": list(meta["classes"])}, safe_serialization=True)
+        export_safetensors(unfinished / EXPORT, Weights(theirs.state_dict(), meta))
         (unfinished / "README.md").write_text(_card(theirs, meta), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for file in unfinished.iterdir():
@@ -301,14 +308,14 @@ def write_onnx(graph: nn.Module, ours: nn.Module, meta: Mapping[str, Any], path:
         )
     assert program is not None
     program.model.metadata_props["effnet_train"] = json.dumps(meta)
-    data = program.model_proto.SerializeToString()
+    data: bytes = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
     def theirs(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     difference = _held(theirs, ours, [(1, 3, size, size), (3, 3, size, size)], "ONNX")
-    write_atomically(path, lambda file: _write(file, data))
+    _write(path, data)
     return difference
 
 
@@ -326,7 +333,7 @@ def write_torch_export(graph: nn.Module, ours: nn.Module, meta: Mapping[str, Any
         stream.seek(0)
         theirs = torch.export.load(stream).module()
     difference = _held(theirs, ours, [(1, 3, size, size), (3, 3, size, size)], "exported")
-    write_atomically(path, lambda file: _write(file, stream.getvalue()))
+    _write(path, stream.getvalue())
     return difference
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
 
 from effnet_train import export as exporter
-from effnet_train.cli.build import build_model, variants
+from effnet_train.cli.build import build_model
+from effnet_train.cli.build import model_variants as variants
 from effnet_train.data.preprocess import Preprocess, eval_image
+from effnet_train.engine.checkpoint import load_weights
 from effnet_train.export import export, timm_config
 from effnet_train.models.surgery import fold_batch_norm
 
@@ -84,6 +86,11 @@ def test_torchvision_loads_it_strictly_and_agrees(tmp_path: Path) -> None:
     model, meta = network(padding="symmetric")  # with our eps, which is not torchvision's
     path = tmp_path / "weights.pth"
     export(model, meta, "torchvision", path, variants=variants())
+    again = load_weights(path)  # which says what eps it is for
+    assert (again.meta["model"]["bn_eps"], again.meta["preprocess"]) == (1e-5, PREPROCESS)
+    network_again = build_model(again.meta["model"], 7).eval()
+    network_again.load_state_dict(again.tensors)
+    assert_same(network_again(images()), model(images()))
     theirs = efficientnet_b0(num_classes=7)
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
     assert_same(theirs.eval()(images()), model(images()))
@@ -132,11 +139,11 @@ def test_the_hubs_folder(tmp_path: Path) -> None:
     model, meta = network()
     folder = tmp_path / "hub"
     export(model, meta, "hub", folder, variants=variants())
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    names = {"model.safetensors", "model.json", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "tf_efficientnet_b0"
     assert config["label_names"] == meta["classes"]
-    assert config["effnet_train"] == meta
     assert not {"tag", "hf_hub_id", "url", "license"} & config["pretrained_cfg"].keys()  # those of timm's own weights
     assert "library_name: timm" in (folder / "README.md").read_text()
     torch.save(images(2, 64, 64), tmp_path / "images.pt")

@@ -5,11 +5,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -258,18 +256,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def variants() -> dict[str, dict[str, Any]]:
-    """Return the published variants, `configs/model/b*.yaml` and `lite*.yaml`, as plain configurations by name."""
-    folder = CONFIG_DIR / "model"
-    return {path.stem: _with_defaults(path) for pattern in ("b?", "lite?") for path in folder.glob(f"{pattern}.yaml")}
-
-
-def _with_defaults(path: Path) -> dict[str, Any]:
-    """Read a model's YAML and what its defaults list names; Hydra's own composition is closed inside a command."""
-    config = yaml.safe_load(path.read_text())
-    merged: dict[str, Any] = {}
-    for parent in config.pop("defaults", ()):
-        merged |= _with_defaults(path.with_name(f"{parent}.yaml"))
-    return merged | config

@@ -46,7 +46,7 @@ EVAL: Mapping[str, Any] = {
 EXPORT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "format"), str),
     "fold": bool,
-    **dict.fromkeys(("output", "push_to_hub"), str | None),
+    **dict.fromkeys(("source", "output", "push_to_hub"), str | None),
 }
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {

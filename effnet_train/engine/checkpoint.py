@@ -240,11 +240,11 @@ def load_weights(
     name = str(path) if published.is_name(str(path)) else None
     file = published.fetch(name) if name else find_checkpoint(Path(path))
     try:
-        weights, tensors = _read(file, which)
-        if weights is not None:
+        tensors, meta = _read(file, which)
+        if meta is not None:
             if given is not None:
                 raise ValueError(f"source={source}: it says itself what it holds; leave source= away")
-            return weights
+            return Weights(tensors, meta)
         tensors, meta = pretrained.interpret(
             tensors,
             variants or {},
@@ -259,20 +259,25 @@ def load_weights(
     return Weights(tensors, {**meta, "preprocess": Preprocess(**meta["preprocess"]).to_dict()})
 
 
-def _read(file: Path, which: str) -> tuple[Weights | None, Mapping[str, Tensor]]:
-    """Read a file's weights with what they are, or, where it doesn't say, its tensors alone."""
+def _read(file: Path, which: str) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """Read a file's tensors and what they are; where it doesn't say, None, and the tensors under their own names."""
     if file.suffix == _INDEX:
-        return None, read_tensorflow(file.with_suffix(""), which=which)
+        return read_tensorflow(file.with_suffix(""), which=which), None
+    payload: Any
+    header = None
     if file.suffix == ".safetensors":
-        tensors, header = _load_safetensors(file)
-        described = None if header else pretrained.described_beside(file, "preprocess")
-        meta = json.loads(header) if header else described and described[1]
-        return (Weights(tensors, meta), {}) if meta else (None, formats.state_dict_of(tensors, which))
-    payload = _load_payload(file)
-    if not _is_ours(payload):
-        return None, formats.state_dict_of(payload, which)
-    meta = {**payload["meta"], "step": payload["step"]}
-    return Weights(payload["ema" if which == "ema" else "model"], meta), {}
+        payload, header = _load_safetensors(file)
+    else:
+        payload = _load_payload(file)
+    if _is_ours(payload):
+        payload = load_checkpoint(file)
+        return payload["ema" if which == "ema" else "model"], {**payload["meta"], "step": payload["step"]}
+    tensors, beside = formats.state_dict_of(payload, which), pretrained.described_beside(file, "preprocess")
+    meta = json.loads(header) if header else beside[1] if beside else None
+    names = meta.pop("names", None) if meta else None
+    if names is not None:  # an export, under the names of the library that can read it as well
+        tensors = formats.to_ours(tensors, names, formats.skeleton(meta["model"], len(meta["classes"])))
+    return tensors, meta
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

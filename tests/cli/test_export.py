@@ -32,9 +32,11 @@ def test_formats_of_a_run(cli: Cli, b0: Path) -> None:
         assert done.status == 0, done.err
         assert done.out.startswith(f"{b0 / name}: {fmt}, logits within "), done.out
     ours = load_weights(b0 / "best.pt")
-    again = load_weights(b0 / "best.safetensors")
-    assert again.meta == ours.meta
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in ours.tensors.items())
+    for name in ("best.safetensors", "best.timm.safetensors", "best.hub"):
+        again = load_weights(b0 / name)
+        assert again.meta == ours.meta
+        assert again.tensors.keys() == ours.tensors.keys()
+        assert all(torch.equal(again.tensors[key], tensor) for key, tensor in ours.tensors.items())
     theirs = load_file(b0 / "best.timm.safetensors")
     assert torch.equal(theirs["conv_stem.weight"], ours.tensors["stem.conv.weight"])
     assert len(theirs) == len(ours.tensors)
