@@ -29,10 +29,10 @@ def timm_cfg(name: str) -> dict[str, Any]:
     """Return timm's description of `architecture.tag`, or of an architecture's default. Raises ValueError."""
     import timm
 
-    cfg = timm.get_pretrained_cfg(name) if ARCHITECTURE.fullmatch(name.partition(".")[0]) else None
-    if cfg is None or not (cfg.url or cfg.hf_hub_id):
+    architectures = {known.partition(".")[0] for known in _timm_names()}
+    if name not in _timm_names() and name not in architectures:
         raise ValueError(f"timm:{name} is not known: {_closest(name, _timm_names())}")
-    return cfg.to_dict()
+    return timm.get_pretrained_cfg(name).to_dict()
 
 
 def timm_cfgs(architecture: str, classes: int) -> dict[str, dict[str, Any]]:
@@ -77,7 +77,7 @@ def torchvision_weights(architecture: str) -> dict[str, Any]:
 
     if not ARCHITECTURE.fullmatch(architecture) or "lite" in architecture or architecture.startswith("tf_"):
         return {}
-    return dict(get_model_weights(architecture).__members__)
+    return {entry.name: entry for entry in get_model_weights(architecture)}  # without the alias DEFAULT
 
 
 def torchvision_entry(name: str) -> tuple[str, str, Any]:

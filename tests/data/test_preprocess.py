@@ -1,5 +1,6 @@
-"""The evaluation crop against the authors' arithmetic, normalisation against torchvision."""
+"""The evaluation crop against the authors' arithmetic, timm and torchvision, normalisation against torchvision."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
+from torchvision.models import get_model_weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from effnet_train.data.decode import decode
 from effnet_train.data.preprocess import Preprocess, central_box, crop_and_resize, eval_image, normalize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crops.npz"
@@ -58,6 +62,64 @@ def test_eval_image_equals_torchvision_on_the_same_crop(interpolation: str) -> N
     assert (found == np.asarray(expected)).all()
 
 
+SIZES = [(500, 375), (375, 500), (333, 217), (217, 334), (64, 64), (31, 40), (97, 500), (1, 9)]
+
+
+def pixels_of(transformed: torch.Tensor) -> np.ndarray:
+    """Return the pixels under a transform's normalisation, which takes mean 0 and deviation 1."""
+    return (transformed * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
+@pytest.mark.parametrize(("resolution", "crop_pct"), [(64, 0.875), (61, 0.9), (48, 1.0), (63, 0.904)])
+def test_resizing_first_gives_timms_pixels(resolution: int, crop_pct: float, interpolation: str) -> None:
+    preprocess = Preprocess(resolution, resize=int(resolution / crop_pct), interpolation=interpolation)
+    transform = create_transform(
+        (3, resolution, resolution),
+        **{"interpolation": interpolation, "crop_pct": crop_pct, "mean": (0, 0, 0), "std": (1, 1, 1)},
+    )
+    for size in SIZES:
+        image = noise(*size)
+        assert (eval_image(image, preprocess) == pixels_of(transform(image))).all(), size
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "resize"),
+    [("b0", 224, 256), ("b1", 240, 255), ("b2", 288, 288), ("b3", 300, 320), ("b4", 380, 384)],
+)
+def test_resizing_first_gives_torchvisions_pixels(name: str, resolution: int, resize: int) -> None:
+    entry = get_model_weights(f"efficientnet_{name}").DEFAULT
+    transform = entry.transforms(mean=(0, 0, 0), std=(1, 1, 1))
+    preprocess = Preprocess(resolution, resize=resize, interpolation=transform.interpolation.value)
+    for size in SIZES:
+        image = noise(*size)
+        assert (eval_image(image, preprocess) == pixels_of(transform(image))).all(), size
+
+
+def test_inputs_from_real_jpegs_equal_timm_and_torchvision(imagenet_jpegs: dict[str, bytes]) -> None:
+    entry = get_model_weights("efficientnet_b1").DEFAULT
+    transforms = (
+        (create_transform((3, 260, 260), interpolation="bicubic", crop_pct=0.89), Preprocess(260, resize=292)),
+        (entry.transforms(), Preprocess(240, resize=255, interpolation="bilinear")),
+    )
+    for data in list(imagenet_jpegs.values())[:8]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        for transform, preprocess in transforms:
+            pixels = torch.from_numpy(eval_image(decode(data), preprocess))
+            found = normalize(pixels[None], preprocess.mean, preprocess.std)
+            torch.testing.assert_close(found, transform(image)[None], rtol=0, atol=1e-6)
+
+
+def test_the_rule_is_the_same_at_another_resolution() -> None:
+    assert Preprocess(224).at(320) == Preprocess(320)
+    assert Preprocess(224, crop_padding=0, mean=(0, 0, 0)).at(64) == Preprocess(64, crop_padding=0, mean=(0, 0, 0))
+    for resolution in (224, 240, 380):
+        there = Preprocess(224, resize=256).at(resolution)
+        assert (there.resolution, there.resize) == (resolution, int(resolution / 0.875))  # as timm would
+    assert Preprocess(288, resize=288).at(320).resize == 320
+    assert Preprocess(224, resize=256).at(224) == Preprocess(224, resize=256)
+
+
 def test_pixels_outside_the_crop_do_not_bleed_in() -> None:
     pixels = np.full((60, 60, 3), 255, dtype=np.uint8)
     pixels[20:40, 20:40] = 0
@@ -98,6 +160,8 @@ def test_survives_json_and_pickle_and_hashes() -> None:
         ({"resolution": 0}, "preprocess.resolution=0 must be a whole number of at least 1"),
         ({"resolution": 22.5}, "preprocess.resolution=22.5 must be a whole number"),
         ({"crop_padding": -1}, "preprocess.crop_padding=-1 must be a whole number of at least 0"),
+        ({"resize": 223}, "preprocess.resize=223 must be a whole number of at least 224"),
+        ({"resize": 256.5}, "preprocess.resize=256.5 must be a whole number of at least 224"),
         ({"mean": [0.5]}, r"preprocess.mean=\[0.5\] must have three values"),
         ({"std": [1, 0, 1]}, r"preprocess.std=\[1.0, 0.0, 1.0\] must be positive"),
         ({"interpolation": "area"}, "preprocess.interpolation='area' is none of bicubic, bilinear, nearest, lanczos"),
