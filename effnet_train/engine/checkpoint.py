@@ -61,7 +61,10 @@ def write_atomically(path: Path, write: _Writer) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one of our checkpoints to host memory. No code in it is run. Raises CheckpointError, with the reason."""
-    payload = _load_payload(path)
+    return _whole(_load_payload(path), path)
+
+
+def _whole(payload: Any, path: Path) -> dict[str, Any]:
     lacking = [key for key in _KEYS if not isinstance(payload, dict) or key not in payload]
     if lacking:
         raise CheckpointError(f"{path} is not a checkpoint of effnet_train: it lacks {', '.join(lacking)}")
@@ -270,13 +273,12 @@ def _read(file: Path, which: str) -> tuple[Mapping[str, Tensor], dict[str, Any] 
     else:
         payload = _load_payload(file)
     if _is_ours(payload):
-        payload = load_checkpoint(file)
+        payload = _whole(payload, file)
         return payload["ema" if which == "ema" else "model"], {**payload["meta"], "step": payload["step"]}
     tensors, beside = formats.state_dict_of(payload, which), pretrained.described_beside(file, "preprocess")
-    meta = json.loads(header) if header else beside[1] if beside else None
-    names = meta.pop("names", None) if meta else None
-    if names is not None:  # an export, under the names of the library that can read it as well
-        tensors = formats.to_ours(tensors, names, formats.skeleton(meta["model"], len(meta["classes"])))
+    meta: dict[str, Any] | None = json.loads(header) if header else beside[1] if beside else None
+    if meta is not None and "names" in meta:  # an export, under those of the library that can read it as well
+        tensors = formats.to_ours(tensors, meta.pop("names"), formats.skeleton(meta["model"], len(meta["classes"])))
     return tensors, meta
 
 

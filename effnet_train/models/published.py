@@ -32,7 +32,9 @@ def timm_cfg(name: str) -> dict[str, Any]:
     architectures = {known.partition(".")[0] for known in _timm_names()}
     if name not in _timm_names() and name not in architectures:
         raise ValueError(f"timm:{name} is not known: {_closest(name, _timm_names())}")
-    return timm.get_pretrained_cfg(name).to_dict()
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    return cfg.to_dict()
 
 
 def timm_cfgs(architecture: str, classes: int) -> dict[str, dict[str, Any]]:
