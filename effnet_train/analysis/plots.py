@@ -55,7 +55,7 @@ def training_curve(
     try:
         from matplotlib.figure import Figure  # Not pyplot: it keeps state and may look for a display.
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install effnet-train[plots]") from error
+        raise ImportError("plots need the extra plots (matplotlib): pip install 'effnet-train[plots]'") from error
     if title is None and isinstance(runs, Path):
         title = (runs if runs.is_dir() else runs.absolute().parent).resolve().name
     named = runs if isinstance(runs, Mapping) else {"": runs}
@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", action="append", help="what the legend calls a run; once for each RUN, in order")
     parser.add_argument("--title", help="default: the name of the run's folder")
     options = parser.parse_args(arguments)
+    if options.output.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"OUT.png={options.output} must end in .png, .svg or .pdf: it is the picture to write, given last")
     labels = options.label or [str(run) for run in options.runs]
     if len(labels) != len(options.runs) or len(set(labels)) != len(labels):
         parser.error(

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,7 +14,13 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -45,8 +52,11 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
                 os.environ["HYDRA_FULL_ERROR"] = "1"
 
         # Once more around Hydra: for its own errors, and for those of a sweep, whose other runs have gone on.
-        with _told(config, traceback_wanted):
-            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(guarded)()
+        try:
+            with _told(config, traceback_wanted):
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(guarded)()
+        except KeyboardInterrupt:  # before there was anything to save, or a second time
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return main
 
@@ -92,6 +102,8 @@ def user_message(error: BaseException, config: str) -> str | None:
         return f"{error.full_key} has no value: give {error.full_key}=... on the command line"
     if isinstance(error, InstantiationException):
         return _instantiation(error)
+    if isinstance(error, OverrideParseException):
+        return _no_override(error, config)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(error).strip()
     if str(error).startswith("Config group override must"):
@@ -117,6 +129,15 @@ def _instantiation(error: InstantiationException) -> str | None:
     if isinstance(cause, TypeError | ValueError | OSError | ImportError):
         return f"{cause}{key}"
     return None if cause is not None else str(error).strip()
+
+
+def _no_override(error: OverrideParseException, config: str) -> str:
+    word = error.override
+    key, equals, value = word.partition("=")
+    if equals:
+        return f"{word} cannot be read as key=value: put two pairs of quotes around the value, {key}=\"'{value}'\""
+    hint = f": did you mean checkpoint={word}?" if config != "train" else ": give key=value or group=option, see --help"
+    return f"{word} is not of the form key=value{hint}"
 
 
 def _closest_option(error: MissingConfigException) -> str:

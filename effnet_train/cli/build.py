@@ -96,6 +96,15 @@ def build_plan(cfg: DictConfig, num_images: int) -> Plan:
     return plan
 
 
+def check_size(batch_size: int, num_images: int) -> str | None:
+    """Return what to say of a batch that a data set does not fill."""
+    if batch_size <= num_images:
+        return None
+    return (
+        f"batch_size={batch_size} is more than the {num_images} training images: each step reads some twice, lower it"
+    )
+
+
 def _every(cfg: DictConfig, key: str) -> Every:
     try:
         return Every(**cfg[key])
@@ -113,6 +122,13 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
         why = f"{ranks} ranks x accumulate={accumulate}" + (" x 2, as mixing pairs images" if pairs else "")
         raise ValueError(
             f"batch_size={cfg.batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}"
+        )
+    pixels = math.ceil(cfg.data.preprocess.resolution / 32) ** 2  # of the last feature map
+    if cfg.batch_size // (ranks * accumulate) * pixels < 2:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} leaves one image to a micro-batch ({ranks} ranks x accumulate={accumulate}), "
+            f"and BatchNorm needs two at {cfg.data.preprocess.resolution} pixels: "
+            f"try batch_size={2 * ranks * accumulate}"
         )
 
 

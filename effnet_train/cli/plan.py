@@ -3,13 +3,14 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import complexity, training_memory
-from effnet_train.cli import build
+from effnet_train.cli import build, run_folder
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
@@ -18,7 +19,7 @@ from effnet_train.engine.train import Plan, Stepper
 from effnet_train.optim.ema import EMA
 
 # A step that takes longer than this is measured on no more images.
-_PATIENCE_S = 0.3
+_PATIENCE_S = 1.0
 
 
 def describe(cfg: DictConfig, folder: Path, device: str) -> str:
@@ -40,17 +41,18 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     micro = cfg.batch_size // ranks // accumulate
     memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
+    too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
     rate, timed = _images_per_s(cfg, classes, precision, session, micro)
     hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
     rows = [
-        ("folder", f"{folder} ({'holds a run: it would go on' if (folder / 'config.yaml').exists() else 'new'})"),
+        ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),
         (
             "batch",
-            f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images",
+            f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images{too_large}",
         ),
         ("precision", f"{precision} on {device}"),
         ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
@@ -62,6 +64,17 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("time", f"about {_duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def _would_be(folder: Path, cfg: DictConfig) -> str:
+    if not (folder / "config.yaml").exists():
+        return "new"
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    try:
+        run_folder.check(folder, config)
+    except ValueError as error:
+        return f"REFUSED: {error}"
+    return "holds a run: it would go on"
 
 
 def _counts(cfg: DictConfig) -> tuple[int, int, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,9 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
     plan = build.build_plan(cfg, len(data.train))
+    too_large = build.check_size(cfg.batch_size, len(data.train))
+    if too_large and session.is_main:
+        print(f"warning: {too_large}", file=sys.stderr)
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session)
@@ -58,6 +62,10 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         state.load_state_dict(former, session)
+        if state.best and not session.broadcast(checkpoints.best_is_good()):
+            if session.is_main:
+                print(f"warning: {folder / BEST} is absent or damaged: its score is forgotten", file=sys.stderr)
+            state.best, state.evaluated = {}, 0  # so that this step, if an evaluation is due at it, is scored again
     if state.step > plan.total_steps:
         raise ValueError(
             f"the run in {folder} is at step {state.step} already, past the last of this plan, {plan.total_steps}: "
@@ -206,7 +214,9 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
     print(f"done: {run.state.step:,} steps; best at step {int(run.state.best.get('step', 0)):,}: {', '.join(lines)}")
     print(f"  checkpoint  {folder / BEST}")
     print(f"  weights     {folder / 'model.safetensors'}")
-    print(f"  curves      tensorboard --logdir {folder}   (numbers: {folder / 'metrics.csv'})")
+    for words, name in (("curves      tensorboard --logdir ", "tensorboard"), ("numbers     ", "metrics.csv")):
+        if (folder / name).exists():
+            print(f"  {words}{folder / name}")
 
 
 def _write(file: IO[bytes], text: str) -> None:

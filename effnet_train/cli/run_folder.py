@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from effnet_train.cli.app import differing_keys
 FREE = (
     "accumulate",
     "checkpoint",
+    "data.on_error",
     "data.root",
     "device",
     "dry_run",
@@ -49,7 +51,8 @@ def run_folder(cfg: DictConfig) -> Path:
     overrides = {text.partition("=")[0].lstrip("+~"): text.lstrip("+") for text in hydra_cfg.overrides.task}
     said = ("debug", *(() if "name" in overrides else _IN_NAME))
     told_apart = [text for key, text in overrides.items() if key not in said and not _is_free(key)]
-    return folder.with_name("-".join([folder.name, *(text.replace("/", "_") for text in told_apart)]))
+    # Nothing in it that a shell or Hydra would read: the folder is to be given as checkpoint=.
+    return folder.with_name("-".join([folder.name, *(re.sub(r"[^\w.+-]+", "_", text) for text in told_apart)]))
 
 
 def check(folder: Path, config: dict[str, Any]) -> None:

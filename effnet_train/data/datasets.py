@@ -47,6 +47,8 @@ def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int
             f"train has {len(train.classes)} classes and val {len(val.classes)}, and they differ: "
             f"only in train {only_train[:5]}, only in val {only_val[:5]}; the class folders of both must be the same"
         )
+    if len(train.classes) < 2:
+        raise ValueError(f"there is one class, {train.classes[0]!r}: to tell classes apart, there must be at least two")
     if on_error not in ON_ERROR:
         raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
     if not 0 <= minival < len(train):

@@ -130,19 +130,29 @@ class Checkpoints:
     def newest(self) -> dict[str, Any] | None:
         """Read the newest good checkpoint, or return None where there is none; say so of each damaged one passed over.
 
-        Raises CheckpointError where all are damaged: starting anew is for the user to decide.
+        The best one is the last resort. Raises CheckpointError where all are damaged: starting anew is for the user to
+        decide.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        best = self.folder / BEST
+        paths = [*(self.path(step) for step in reversed(self.steps())), *([best] if best.is_file() else [])]
+        for path in paths:
             try:
-                return load_checkpoint(self.path(step))
+                return load_checkpoint(path)
             except CheckpointError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr)
-        if steps:
+        if paths:
             raise CheckpointError(
-                f"all {len(steps)} checkpoints of {self.folder} are damaged: move the folder away to start anew"
+                f"all {len(paths)} checkpoints of {self.folder} are damaged: move the folder away to start anew"
             )
         return None
+
+    def best_is_good(self) -> bool:
+        """Say whether `best.pt` is there and agrees with its checksums."""
+        try:
+            _check_sums(self.folder / BEST)
+        except (OSError, zipfile.BadZipFile):
+            return False
+        return zipfile.is_zipfile(self.folder / BEST)
 
     def save(self, payload: Mapping[str, Any], *, must: bool = False) -> None:
         """Write the checkpoint of `payload["step"]` and drop the oldest ones; `must` makes any failure an error."""

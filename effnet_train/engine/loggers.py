@@ -245,7 +245,7 @@ class WandbLogger:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("loggers=wandb needs the wandb package: pip install effnet-train[wandb]") from error
+            raise ImportError("loggers=wandb needs the extra wandb: pip install 'effnet-train[wandb]'") from error
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
             _replace_text(id_file, secrets.token_hex(4) + "\n")
@@ -302,7 +302,7 @@ class MlflowLogger:
             from mlflow import MlflowClient
             from mlflow.entities import Param
         except ImportError as error:
-            raise ImportError("loggers=mlflow needs the mlflow package: pip install effnet-train[mlflow]") from error
+            raise ImportError("loggers=mlflow needs the extra mlflow: pip install 'effnet-train[mlflow]'") from error
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         # MLflow's own choice would put the artifacts of a local run into the current folder.
         artifacts = None if uri else (run_dir / "mlflow_artifacts").absolute().as_uri()

@@ -251,8 +251,8 @@ def _not_finite(run: Run, step: int, what: str) -> FloatingPointError:
     kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
     return FloatingPointError(
         f"{what} is not a finite number at step {step} (epoch {run.plan.epoch(step):.2f}, "
-        f"lr={run.plan.lr(step):.4g}); {kept}. Lower schedule.lr_per_256, lengthen schedule.warmup_epochs, "
-        "set clip_norm=1, or use precision=bf16 or fp32"
+        f"lr={run.plan.lr(step):.4g}); {kept}. Start a run of another name= with a lower schedule.lr_per_256, "
+        "a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32"
     )
 
 

@@ -117,9 +117,17 @@ def test_a_run_without_metrics_is_a_clear_error(tmp_path):
     assert not (tmp_path / "curve.png").exists()
 
 
+def test_a_picture_must_be_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path)])
+    assert "must end in .png, .svg or .pdf: it is the picture to write, given last" in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install effnet-train\[plots\]"):
+    with pytest.raises(
+        ImportError, match=r"plots need the extra plots \(matplotlib\): pip install 'effnet-train\[plots\]'"
+    ):
         training_curve(rows(), tmp_path / "curve.png")
 
 

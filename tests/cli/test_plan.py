@@ -45,7 +45,8 @@ def test_a_dry_run_counts_what_is_there_and_times_a_step(cli: Cli, tiny: list[st
 def test_a_dry_run_changes_nothing_of_a_run(cli: Cli, tiny: list[str], run_of_digits: Path) -> None:
     before = everything(run_of_digits)
     done = cli("train", *tiny, f"run_root={run_of_digits.parent}", "dry_run=true")
-    assert "(holds a run: it would go on)" in done.out
+    assert "(REFUSED: the folder " in done.out
+    assert "optim._target_ was 'torch.optim.AdamW'" in done.out
     assert everything(run_of_digits) == before
 
 
@@ -75,3 +76,10 @@ def test_a_dry_run_without_data_says_what_to_give(cli: Cli) -> None:
 )
 def test_durations(hours: float, text: str) -> None:
     assert plan._duration(hours) == text
+
+
+def test_a_dry_run_says_that_a_run_would_go_on_and_what_a_batch_lacks(cli: Cli, tiny: list[str]) -> None:
+    assert cli("train", *tiny).status == 0
+    assert "(holds a run: it would go on)" in cli("train", *tiny, "dry_run=true").out
+    large = cli("train", *tiny, "name=large", "batch_size=100", "dry_run=true").out
+    assert "WARNING: batch_size=100 is more than the 80 training images" in large

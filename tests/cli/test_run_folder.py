@@ -26,11 +26,11 @@ def folder(
     ("overrides", "suffix"),
     [
         (["model=b0", "data=digits", "recipe=demo", "seed=1"], ""),
-        (["model.width=0.3"], "-model.width=0.3"),
-        (["optim=sgd", "+model.se_ratio=0"], "-optim=sgd-model.se_ratio=0"),
+        (["model.width=0.3"], "-model.width_0.3"),
+        (["optim=sgd", "+model.se_ratio=0"], "-optim_sgd-model.se_ratio_0"),
         (["device=cpu", "data.root=/x", "log_every.steps=5", "~loggers.tensorboard", "checkpoint.keep=1"], ""),
-        (["debug=tiny", "augment=none"], "-augment=none"),
-        (["init_from=runs/x/best.pt"], "-init_from=runs_x_best.pt"),
+        (["debug=tiny", "augment=none"], "-augment_none"),
+        (["init_from=runs/x/best.pt"], "-init_from_runs_x_best.pt"),
     ],
 )
 def test_a_sweep_tells_its_runs_apart(monkeypatch: pytest.MonkeyPatch, overrides: list[str], suffix: str) -> None:
@@ -39,7 +39,7 @@ def test_a_sweep_tells_its_runs_apart(monkeypatch: pytest.MonkeyPatch, overrides
 
 
 def test_a_name_of_ones_own_says_nothing_of_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert folder(monkeypatch, ["name=mine", "seed=1", "model=b1"], name="mine") == "runs/mine-seed=1-model=b1"
+    assert folder(monkeypatch, ["name=mine", "seed=1", "model=b1"], name="mine") == "runs/mine-seed_1-model_b1"
 
 
 def test_a_claim_is_kept(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_minival_is_held_out_of_training(image_root, minival):
 
 def test_minival_is_the_same_every_time_and_has_no_bias(tmp_path):
     class Many:
-        classes = ("a",)
+        classes = ("a", "b")
 
         def __len__(self):
             return 20_000
@@ -193,3 +194,11 @@ def test_digits_without_scikit_learn(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"data=digits needs scikit-learn, .*: pip install 'effnet-train\[digits\]'"):
         digits(str(tmp_path / "digits"), preprocess=PREPROCESS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_class_is_nothing_to_learn(image_root):
+    for name in ("bee", "cow"):
+        for split in ("train", "val"):
+            shutil.rmtree(image_root / split / name)
+    with pytest.raises(ValueError, match="there is one class, 'ant': to tell classes apart, there must be at least two"):
+        image_folders(str(image_root), preprocess=PREPROCESS)

@@ -92,7 +92,7 @@ def test_every_rank_stops_at_a_loss_that_is_not_finite(command: Command, tmp_pat
     stopped = command("effnet-train", *TINY, *hot, "max_steps=20", "evaluate_every.steps=20", "ranks=2")
     assert stopped.returncode == 2, stopped.stderr
     assert "is not a finite number at step " in stopped.stderr
-    assert "Lower schedule.lr_per_256" in stopped.stderr
+    assert "with a lower schedule.lr_per_256" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     for path in (tmp_path / "runs" / "debug" / "run").glob("step_*.pt"):
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())

@@ -103,7 +103,7 @@ def test_a_sweep_gives_each_run_its_folder(command: Command, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     folders = {path.parent.name for path in (tmp_path / "runs" / "debug").glob("*/summary.json")}
     stem = "nano-digits-efficientnet"
-    assert folders == {f"{stem}-seed{seed}-model.width={width}" for seed in (0, 1) for width in (0.25, 0.3)}
+    assert folders == {f"{stem}-seed{seed}-model.width_{width}" for seed in (0, 1) for width in (0.25, 0.3)}
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "data"}
 
 
@@ -114,7 +114,7 @@ def test_a_sweep_goes_on_after_a_run_that_cannot(command: Command, tmp_path: Pat
     assert "effnet-train: error: augment.flip=3 must be a probability: from 0 to 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.parent.name for path in (tmp_path / "runs" / "debug").glob("*/summary.json")] == [
-        "nano-digits-efficientnet-seed0-model.width=0.25-augment.flip=0.5"
+        "nano-digits-efficientnet-seed0-model.width_0.25-augment.flip_0.5"
     ]
 
 

@@ -170,10 +170,31 @@ def test_a_truncated_checkpoint_is_passed_over(train: Train, capsys: pytest.Capt
 
 def test_all_checkpoints_damaged_is_an_error(train: Train) -> None:
     folder = train("whole")
-    for path in folder.glob("step_*.pt"):
+    for path in folder.glob("*.pt"):
         path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"all 2 checkpoints of .* are damaged"):
+    with pytest.raises(ValueError, match=r"all 3 checkpoints of .* are damaged"):
         train("whole")
+
+
+def test_the_best_checkpoint_is_the_last_resort(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train("whole")
+    reference = state(whole, 4)
+    for path in whole.glob("step_*.pt"):
+        path.write_bytes(b"nothing")
+    train("whole")
+    assert capsys.readouterr().err.count("trying the one before") == 2
+    assert same(reference, state(whole, 4))
+
+
+def test_a_damaged_best_is_made_anew(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("run")
+    best = folder / "best.pt"
+    best.write_bytes(best.read_bytes()[:-5000])
+    (folder / "model.safetensors").unlink()
+    train("run")
+    assert "best.pt is absent or damaged: its score is forgotten" in capsys.readouterr().err
+    assert load_checkpoint(best)["step"] == 4
+    assert (folder / "model.safetensors").exists()
 
 
 def test_a_folder_of_another_configuration_is_refused(train: Train) -> None:

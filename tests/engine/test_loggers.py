@@ -306,7 +306,7 @@ logger.close()
 @pytest.mark.parametrize(("logger", "package"), [(WandbLogger, "wandb"), (MlflowLogger, "mlflow")])
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, logger, package):
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"loggers={package} needs the {package} package: pip install effnet-train\[{package}\]"
+    message = rf"loggers={package} needs the extra {package}: pip install 'effnet-train\[{package}\]'"
     with pytest.raises(ImportError, match=message):
         logger().open(tmp_path, step=0, config=CONFIG)
     assert not list(tmp_path.iterdir())
