@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,10 @@ def fetch(name: str) -> Path:
             return _download(name, cfg["url"])
         return _from_hub(name, cfg["hf_hub_id"], "model.safetensors", None)
     repository, _, revision = rest.partition("@")
-    _from_hub(name, repository, "config.json", revision or None)  # beside the weights, where they are looked up
-    return _from_hub(name, repository, "model.safetensors", revision or None)
+    file = _from_hub(name, repository, "model.safetensors", revision or None)
+    with suppress(FileNotFoundError):  # our own exports need none
+        _from_hub(name, repository, "config.json", revision or None)  # which then lies beside the weights
+    return file
 
 
 def _from_hub(name: str, repository: str, file: str, revision: str | None) -> Path:

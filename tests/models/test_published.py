@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from effnet_train.engine.checkpoint import Weights, export_safetensors
 from effnet_train.models.published import fetch, is_name
 
 # In a process of its own, as the hub's address and cache are read where huggingface_hub is imported.
@@ -112,8 +113,18 @@ def test_the_hub_is_asked_once_and_the_cache_then(hub: tuple[str, Path, list[str
     address, root, requests = hub
     total = publish(root / "someone" / "b0", "tf_efficientnet_b0.ap_in1k", label_names=list("abcdefghij"))
     timms = publish(root / "timm" / "efficientnet_b0.ra_in1k", "efficientnet_b0.ra_in1k")
-    names = ("hub:someone/b0", "hub:someone/b0@v1", "timm:efficientnet_b0.ra_in1k", "hub:someone/b1")
+    own = Weights({"classifier.bias": torch.ones(3)}, {"source": "our own export", "classes": ["a", "b", "c"]})
+    (root / "someone" / "ours").mkdir()
+    export_safetensors(root / "someone" / "ours" / "model.safetensors", own)
+    names = (
+        "hub:someone/b0",
+        "hub:someone/b0@v1",
+        "timm:efficientnet_b0.ra_in1k",
+        "hub:someone/ours",
+        "hub:someone/b1",
+    )
     *found, absent = load(*names, home=tmp_path, HF_ENDPOINT=address)
+    assert found[3] == {"sum": 3.0, **own.meta}
     for loaded in found[:2]:
         assert loaded["sum"] == pytest.approx(total)
         assert (loaded["model"]["padding"], loaded["model"]["num_classes"]) == ("same", 10)
@@ -124,13 +135,13 @@ def test_the_hub_is_asked_once_and_the_cache_then(hub: tuple[str, Path, list[str
     assert (found[2]["model"]["padding"], found[2]["model"]["bn_eps"]) == ("symmetric", 1e-5)
     assert (found[2]["preprocess"]["resize"], found[2]["source"]) == (256, "timm:efficientnet_b0.ra_in1k")
     assert absent["error"].startswith(
-        f"FileNotFoundError: hub:someone/b1: cannot fetch config.json of {address}/someone/b1 ("
+        f"FileNotFoundError: hub:someone/b1: cannot fetch model.safetensors of {address}/someone/b1 ("
     )
     for path in ("someone/b0", "timm/efficientnet_b0.ra_in1k"):
         assert f"GET /{path}/resolve/main/model.safetensors" in requests
 
     requests.clear()
-    offline = load(*names[:3], home=tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    offline = load(*names[:4], home=tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert offline == found
     assert not requests
 
