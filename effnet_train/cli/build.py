@@ -225,6 +225,17 @@ def read_weights(name: str, session: Session, *, which: str = "ema", source: str
         return load_weights(name, which, source=source, variants=model_variants())
 
 
+def load_model(
+    name: str, session: Session, *, which: str = "ema", source: str | None = None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return a checkpoint's network on the session's device, ready for evaluation, and what travels with it."""
+    weights = read_weights(name, session, which=which, source=source)
+    check_targets(dict(weights.meta), name)
+    model = build_model(weights.meta["model"], len(weights.meta["classes"]))
+    load_into(model, weights, name)
+    return place(model, session.device).eval(), weights.meta
+
+
 def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
     """Check that a run computes and normalises as the weights it starts from expect, which no shape tells.
 

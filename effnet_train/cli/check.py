@@ -43,6 +43,15 @@ EVAL: Mapping[str, Any] = {
     "check_classes": bool,
     **dict.fromkeys(("source", "output"), str | None),
 }
+PREDICT: Mapping[str, Any] = {
+    **dict.fromkeys(("checkpoint", "weights", "precision", "device"), str),
+    **dict.fromkeys(("source", "cam"), str | None),
+    "cam_class": str | int | None,
+    "resolution": int | None,
+    "format": Literal["table", "jsonl"],
+    **dict.fromkeys(("top", "batch_size"), int),
+    "workers": int | Literal["auto"],
+}
 EXPORT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "format"), str),
     "fold": bool,
@@ -55,7 +64,9 @@ _GIVEN: Mapping[str, str] = {
     "optim.params": "the model gives them",
 }
 _LEAST: Mapping[str, int] = {
-    **dict.fromkeys(("batch_size", "accumulate", "eval_batch_size", "max_steps", "ranks", "threads", "resolution"), 1),
+    **dict.fromkeys(
+        ("batch_size", "accumulate", "eval_batch_size", "max_steps", "ranks", "threads", "resolution", "top"), 1
+    ),
     **dict.fromkeys(("seed", "sync_bn", "workers"), 0),
 }
 _WORDS: Mapping[Any, str] = {

@@ -29,13 +29,8 @@ def task(cfg: DictConfig) -> None:
         raise ValueError(f"output={output} is the checkpoint itself: choose another name")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"output={output}: its folder does not exist, make it first")
-    weights = build.read_weights(
-        name if is_name(name) else str(file), Session(), which=config["weights"], source=config["source"]
-    )
-    build.check_targets(dict(weights.meta), name)
-    model = build.build_model(weights.meta["model"], len(weights.meta["classes"]))
-    build.load_into(model, weights, name)
-    difference = export(model, weights.meta, fmt, output, variants=build.model_variants(), fold=config["fold"])
+    model, meta = build.load_model(name, Session(), which=config["weights"], source=config["source"])
+    difference = export(model, meta, fmt, output, variants=build.model_variants(), fold=config["fold"])
     print(f"{output}: {fmt}, logits within {difference:.1g} of the largest")
     if config["push_to_hub"]:
         print(push_to_hub(output, config["push_to_hub"]))

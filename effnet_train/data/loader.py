@@ -167,10 +167,11 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch.
 
+    An image's key is its index in `source`.
     All ranks have as many batches, so that they can agree on something after each: the last may be empty on some.
     """
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
-    batches = [[(i, 0) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
+    batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
     for batch in _loader(_Images(source, data.preprocess, None), batches, workers, pin):
         _raise_errors(batch, data.on_error)
         yield batch

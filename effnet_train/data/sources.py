@@ -1,8 +1,11 @@
 """Where images come from: an index gives the encoded bytes and the label."""
 
+import io
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+STDIN = "-"
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -31,17 +35,42 @@ class Source(Protocol):
         ...
 
 
+class Names:
+    """Many paths, as two tensors instead of a list.
+
+    A million cost what their letters cost, and worker processes share them instead of copying.
+    """
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        letters, lengths = bytearray(), array("q")
+        for name in names:
+            letters += name
+            lengths.append(len(name))
+        self._ends = torch.from_numpy(np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
+        self._letters = torch.frombuffer(letters, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._letters[start : int(self._ends[index])].numpy().tobytes())
+
+
 class FolderSource:
     """`root/<class>/**/<image>`: classes in sorted order, images in sorted order within them.
 
-    Hidden files and folders are left out. Names and labels lie in three tensors, not in a Python list: a million paths
-    cost what their letters cost, and worker processes share them instead of copying.
+    Hidden files and folders are left out. Names and labels lie in tensors, see `Names`.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
         self.classes = _class_names(Path(root))
-        letters, lengths, counts = bytearray(), [], []
+        counts: list[int] = []
+        self._names = Names(self._below_classes(counts))
+        self._labels = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+
+    def _below_classes(self, counts: list[int]) -> Iterator[bytes]:
         for name in self.classes:
             found = sorted(_images_below(os.path.join(self.root, name), name))
             if not found:
@@ -50,11 +79,7 @@ class FolderSource:
                     "remove it, or add its images"
                 )
             counts.append(len(found))
-            letters += b"".join(found)
-            lengths.append(np.fromiter(map(len, found), dtype=np.int64))
-        self._ends = torch.from_numpy(np.cumsum(np.concatenate(lengths)))
-        self._letters = torch.frombuffer(letters, dtype=torch.uint8)
-        self._labels = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+            yield from found
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -66,9 +91,7 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """Return the file's path."""
-        start = int(self._ends[index - 1]) if index else 0
-        relative = self._letters[start : int(self._ends[index])].numpy().tobytes()
-        return os.path.join(self.root, os.fsdecode(relative))
+        return os.path.join(self.root, self._names[index])
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
@@ -91,6 +114,69 @@ def _images_below(folder: str, prefix: str) -> Iterable[bytes]:
                 yield from _images_below(entry.path, os.path.join(prefix, entry.name))
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 yield os.fsencode(os.path.join(prefix, entry.name))
+
+
+class Files:
+    """Images without labels: files by name, and `content`, the bytes of the one that has the name `-`, if any."""
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, names: Iterable[bytes], content: bytes = b"") -> None:
+        self._names, self._content = Names(names), content
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Return the file's bytes, and 0."""
+        name = self.name(index)
+        if name == STDIN:
+            return self._content, 0
+        with open(name, "rb") as file:
+            return file.read(), 0
+
+    def name(self, index: int) -> str:
+        """Return the file's path."""
+        return self._names[index]
+
+
+def find_files(inputs: Sequence[str], stdin: bytes | None = None) -> Files:
+    """Return the images that the inputs name: files, all images of folders and what is below them, and `-`.
+
+    What comes through `-`, `stdin`, is one encoded image, or the paths of images and folders, one a line.
+    Raises FileNotFoundError naming what is not there.
+    """
+    names, content = [], b""
+    for text in inputs:
+        if text != STDIN:
+            names.append(text)
+        elif stdin and _is_image(stdin):
+            names.append(STDIN)
+            content = stdin
+        else:
+            names += [os.fsdecode(line) for line in (stdin or b"").splitlines() if line.strip()]
+    if not names:
+        raise FileNotFoundError(f"nothing came from {', '.join(inputs)}: neither an image nor paths of images")
+    return Files(itertools.chain.from_iterable(map(_images_of, names)), content)
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)):
+            return True
+    except (OSError, Image.DecompressionBombError):
+        return b"\0" in data  # no list of paths either: it will be reported as an image that cannot be read
+
+
+def _images_of(name: str) -> Iterable[bytes]:
+    if os.path.isdir(name):
+        found = sorted(_images_below(name, name))
+        if not found:
+            raise FileNotFoundError(f"the folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        return found
+    if name != STDIN and not os.path.exists(name):
+        raise FileNotFoundError(f"{name} does not exist: give images, folders, or - for standard input")
+    return [os.fsencode(name)]
 
 
 class TorchvisionSource:

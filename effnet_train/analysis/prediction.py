@@ -1,0 +1,102 @@
+"""The likeliest classes of images, and pictures of where in them the network sees these."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_train.analysis.activation_map import activation_map, picture
+from effnet_train.data.datasets import Data
+from effnet_train.data.loader import Batch, eval_batches
+from effnet_train.data.preprocess import Preprocess, normalize
+from effnet_train.data.sources import Files
+from effnet_train.engine.evaluate import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A network with what its outputs mean.
+
+    `classes` are its own names of the classes, `words` those that people use. With `maps`, a folder, a picture of each
+    image under its activation map goes there: of the class `mapped`, or of the likeliest where that is None.
+    """
+
+    model: Any  # a network in evaluation mode, of `features` and a `classifier` of their means
+    preprocess: Preprocess
+    classes: Sequence[str]
+    words: Sequence[str]
+    top: int = 5
+    precision: str = "fp32"
+    maps: Path | None = None
+    mapped: int | None = None
+
+    def __call__(
+        self, files: Files, *, batch_size: int, workers: int, device: torch.device
+    ) -> Iterator[dict[str, Any]]:
+        """Yield a row for each file, in their order: `file`, and its likeliest classes `top`, or the `error` it gave.
+
+        A class is `class`, `name` and `probability`; the likeliest comes first. Rows come as batches are done.
+        """
+        data = Data(files, files, None, self.preprocess, "skip")
+        pin = device.type == "cuda"
+        for number, batch in enumerate(eval_batches(files, data, batch_size=batch_size, workers=workers, pin=pin)):
+            places = range(number * batch_size, min((number + 1) * batch_size, len(files)))
+            found = dict(zip(batch.keys.tolist(), self.batch(batch, files, device), strict=True))
+            lost = [place for place in places if place not in found]
+            reasons = dict(zip(lost, batch.errors, strict=True))
+            for place in places:
+                name = files.name(place)
+                reason = {"error": reasons[place].removeprefix(f"{name}: ")} if place in reasons else None
+                yield {"file": name, **(reason or {"top": found[place]})}
+
+    @torch.inference_mode()
+    def batch(self, batch: Batch, files: Files, device: torch.device) -> list[list[dict[str, Any]]]:
+        """Return the likeliest classes of each image that a batch holds; draw the maps that are asked for."""
+        if not len(batch.labels):
+            return []
+        pixels = batch.images.to(device, non_blocking=True)
+        with autocast(device, self.precision):
+            features = self.model.features(normalize(pixels, self.preprocess.mean, self.preprocess.std))
+            logits = self.model.classifier(features.mean((2, 3)))
+        probabilities = logits.float().softmax(dim=1)
+        shares, indices = probabilities.topk(min(self.top, len(self.classes)), dim=1)
+        if self.maps is not None:
+            mapped = indices[:, 0] if self.mapped is None else torch.full_like(indices[:, 0], self.mapped)
+            self._draw(batch, files, features.float(), mapped, probabilities)
+        return [
+            [
+                {"class": self.classes[index], "name": self.words[index], "probability": share}
+                for index, share in zip(*image, strict=True)
+            ]
+            for image in zip(indices.tolist(), shares.tolist(), strict=True)
+        ]
+
+    def _draw(self, batch: Batch, files: Files, features: Tensor, mapped: Tensor, probabilities: Tensor) -> None:
+        assert self.maps is not None
+        heat = activation_map(features, self.model.classifier.weight.float(), mapped).cpu().numpy()
+        shares = probabilities.gather(1, mapped[:, None])[:, 0].tolist()
+        for place, index, share, pixels, one in zip(
+            batch.keys.tolist(), mapped.tolist(), shares, batch.images.numpy(), heat, strict=True
+        ):
+            # Files of several folders may have the same name.
+            target = self.maps / f"{place:05d}-{Path(files.name(place)).stem}.png"
+            picture(pixels, one, f"{self.words[index]}, {share:.1%}").save(target)
+
+
+def class_number(asked: str | int | None, classes: Sequence[str], words: Sequence[str]) -> int | None:
+    """Return the number of the class meant by its name, by the word that people use, or by the number itself.
+
+    Raises ValueError for a class that there is not.
+    """
+    if asked is None:
+        return None
+    text = str(asked)
+    for names in (classes, words):
+        if text in names:
+            return list(names).index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise ValueError(f"cam_class={text} is no class of the checkpoint: give its name, or a number below {len(classes)}")

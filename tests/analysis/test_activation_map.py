@@ -1,0 +1,57 @@
+"""A map adds up to the logit, and lies where the class is."""
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_train.analysis.activation_map import activation_map, colours, overlay, picture
+from effnet_train.models.efficientnet import EfficientNet
+
+
+def test_a_maps_mean_and_the_bias_are_the_logit() -> None:
+    torch.manual_seed(0)
+    model = EfficientNet(width=0.25, depth=0.3, num_classes=7).eval()
+    with torch.no_grad():
+        model.classifier.bias.uniform_(-1, 1)
+        images = torch.randn(5, 3, 96, 128)
+        classes = torch.tensor([0, 6, 3, 3, 1])
+        maps = activation_map(model.features(images), model.classifier.weight, classes)
+        expected = model(images).gather(1, classes[:, None])[:, 0]
+    assert maps.shape == (5, 3, 4)
+    torch.testing.assert_close(maps.mean((1, 2)) + model.classifier.bias[classes], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (0, 2), (1, 1), (2, 0)])
+def test_the_peak_lies_where_the_class_is(top: int, left: int) -> None:
+    """By hand: channel 1 lights up at one place, and class 2 looks at channel 1 alone."""
+    features = torch.rand(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    features[0, 1] = 0.1
+    features[0, 1, top, left] = 2.0
+    weight = torch.zeros(3, 4)
+    weight[2, 1] = 1.0
+    heat = activation_map(features, weight, torch.tensor([2]))[0].numpy()
+    drawn = overlay(np.zeros((90, 90, 3), np.uint8), heat).astype(int)
+    hottest = drawn[..., 0] - drawn[..., 2]  # red against blue
+    y, x = np.unravel_index(hottest.argmax(), hottest.shape)
+    assert (y // 30, x // 30) == (top, left)
+
+
+def test_cold_is_blue_and_hot_is_red() -> None:
+    cold, middle, hot = colours(np.array([0.0, 0.5, 1.0])).astype(int)
+    assert cold[2] > cold[0] + 100
+    assert hot[0] > hot[2] + 100
+    assert middle[1] > max(middle[0], middle[2]) - 40
+
+
+def test_a_map_without_differences_is_no_error() -> None:
+    """A network whose last features have a single pixel."""
+    image = np.full((32, 32, 3), 200, np.uint8)
+    assert np.array_equal(overlay(image, np.full((1, 1), 3.0)), overlay(image, np.zeros((2, 2))))
+
+
+def test_a_picture_shows_image_and_map_side_by_side() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    drawn = np.asarray(picture(pixels, np.arange(4.0).reshape(2, 2), "seven, 98.1%"))
+    assert np.array_equal(drawn[:256:8, :256:8], pixels)  # enlarged eightfold, not smoothed
+    assert np.array_equal(drawn[:256, 260:], overlay(drawn[:256, :256], np.arange(4.0).reshape(2, 2)))
+    assert (drawn[256:] == 0).any()  # the caption
