@@ -188,20 +188,24 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with logs, _forwarded_signals():
+        with logs, _forwarded_signals() as forwarded:
             elastic_launch(config, function)(*args)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        if -first.exitcode in forwarded:  # before the rank could take notice: nothing was there to be saved
+            raise SystemExit(PREEMPTED_EXIT_CODE) from None
         if first.exitcode < 0:
             print(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}", file=sys.stderr)
         raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[None]:
-    """Hand the signals that ask to stop on to the ranks, whose exit codes then say what came of it."""
+def _forwarded_signals() -> Iterator[set[int]]:
+    """Hand the signals that ask to stop on to the ranks, whose exit codes then say what came of it; give their set."""
+    forwarded: set[int] = set()
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        forwarded.add(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 with suppress(ProcessLookupError):
@@ -209,7 +213,7 @@ def _forwarded_signals() -> Iterator[None]:
 
     former = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -117,7 +117,7 @@ def user_message(error: BaseException, config: str) -> str | None:
         return f"{error}: make room there; what was saved is intact, and the same command goes on from it"
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         return str(error)
-    if isinstance(error, RuntimeError) and "onnection closed by peer" in str(error):
+    if isinstance(error, RuntimeError) and re.search("onnection (closed|reset) by peer", str(error)):
         return "another rank has left; its own message says why"
     return None
 

@@ -42,6 +42,12 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     checkpoints = Checkpoints(folder, **cfg.checkpoint)
     run_folder.check(folder, config)
     former = checkpoints.newest()
+    step = former["step"] if former else 0
+    if session.broadcast(step) != step:
+        raise FileNotFoundError(
+            f"rank 0 goes on from another step than rank {session.rank}, which is at {step}: "
+            f"the folder {folder.absolute()} must be on a file system that all machines share"
+        )
     precision = build.resolve_precision(
         cfg.precision, session.device, former["meta"].get("precision") if former else None
     )
@@ -55,28 +61,16 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
         print(f"warning: {too_large}", file=sys.stderr)
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
-    state, network = _state(cfg, data, precision, session)
+    state, network = _state(cfg, data, precision, session, start=former is None)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
+        if session.is_main:
+            checkpoints.clear_unfinished()
     if former is not None:
         _check_same_data(former["meta"], data, folder)
-        state.load_state_dict(former, session)
-        if state.best and not session.broadcast(checkpoints.best_is_good()):
-            if session.is_main:
-                print(f"warning: {folder / BEST} is absent or damaged: its score is forgotten", file=sys.stderr)
-            state.best, state.evaluated = {}, 0  # so that this step, if an evaluation is due at it, is scored again
-    if state.step > plan.total_steps:
-        raise ValueError(
-            f"the run in {folder} is at step {state.step} already, past the last of this plan, {plan.total_steps}: "
-            "raise max_steps, or give the former data"
-        )
-    if session.broadcast(state.step) != state.step:
-        raise FileNotFoundError(
-            f"rank 0 goes on from another step than rank {session.rank}, which is at {state.step}: "
-            f"the folder {folder.absolute()} must be on a file system that all machines share"
-        )
-    loggers = _open_loggers(config, plan, folder, state.step) if session.is_main else []
+        _go_on(former, state, plan, checkpoints, session)
+    loggers = _open_loggers(config, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, session)
     run = Run(
         state=state,
@@ -103,6 +97,23 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     return run, partial(_finish, run, data, score)
 
 
+def _go_on(former: dict[str, Any], state: TrainState, plan: Plan, checkpoints: Checkpoints, session: Session) -> None:
+    """Take up the state of a checkpoint. Raises ValueError where it is past the plan's end."""
+    state.load_state_dict(former, session)
+    if state.step > plan.total_steps:
+        raise ValueError(
+            f"the run in {checkpoints.folder} is at step {state.step} already, past the last of this plan, "
+            f"{plan.total_steps}: raise max_steps, or give the former data"
+        )
+    kept = session.broadcast(checkpoints.best_step() if session.is_main else None)
+    if state.best and kept != state.best["step"]:
+        if session.is_main:
+            text = f"is not that of step {state.best['step']:.0f}: that one's score is forgotten"
+            print(f"warning: {checkpoints.folder / BEST} {text}", file=sys.stderr)
+        # If an evaluation is due at this step, it is made again.
+        state.best, state.evaluated = {}, min(state.evaluated, state.step - 1)
+
+
 def _check_same_data(meta: Mapping[str, Any], data: Data, folder: Path) -> None:
     """Check that a run goes on with the images it began with. Raises ValueError."""
     if meta["classes"] != list(data.classes) or meta["images"] != len(data.train):
@@ -112,11 +123,13 @@ def _check_same_data(meta: Mapping[str, Any], data: Data, folder: Path) -> None:
         )
 
 
-def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tuple[TrainState, nn.Module]:
-    """Build what training changes, from scratch or from `init_from`, and the network to call on each batch."""
+def _state(
+    cfg: DictConfig, data: Data, precision: str, session: Session, *, start: bool
+) -> tuple[TrainState, nn.Module]:
+    """Build what training changes, and the network to call on each batch; at a run's start, from `init_from`."""
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
-    if cfg.init_from is not None:
+    if start and cfg.init_from is not None:  # a run that goes on has no more need of it
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
         build.check_same_settings(cfg, weights.meta)
         build.load_into(model, weights, cfg.init_from)
@@ -135,11 +148,12 @@ def _state(cfg: DictConfig, data: Data, precision: str, session: Session) -> tup
     return state, session.parallel(model)
 
 
-def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, step: int) -> list[Logger]:
+def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, state: TrainState) -> list[Logger]:
     loggers = [instantiate(part, _convert_="all") for part in config["loggers"].values() if part is not None]
     try:
         for logger in loggers:
-            logger.open(folder, step=step, config={**config, "total_steps": plan.total_steps})
+            known = {**config, "total_steps": plan.total_steps}
+            logger.open(folder, step=state.step, evaluated=state.evaluated, config=known)
     except BaseException:
         for logger in loggers:
             logger.close()
@@ -198,7 +212,8 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
     if (folder / BEST).exists():
         weights = load_weights(folder / BEST, which)
     else:
-        weights = Weights(run.state.ema.state_dict(), {**run.meta, "step": run.state.step})
+        kept = run.state.ema if which == "ema" else run.state.model
+        weights = Weights(kept.state_dict(), {**run.meta, "step": run.state.step})
     lines = [f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5"))]
     summary: dict[str, Any] = {"best": run.state.best, "steps": run.state.step}
     if data.test is not None:

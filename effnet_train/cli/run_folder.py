@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from effnet_train.cli.app import differing_keys
+from effnet_train.engine.checkpoint import write_atomically
 
 # What may change from one start of a run to the next: where and how it runs and is watched, not what it is to compute.
 # (Ranks and micro-batches do change what BatchNorm sees as one batch: a cluster does not always give the same again.)
@@ -72,15 +73,18 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".config-{os.getpid()}.yaml")
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-            temporary.rename(file)
+            text = yaml.safe_dump(config, sort_keys=False).encode()
+            write_atomically(file, lambda stream: _write(stream, text))
         elif not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(
             f"cannot write to the run's folder {folder} ({error.strerror}): choose another place with run_root=..."
         ) from error
+
+
+def _write(stream: IO[bytes], text: bytes) -> None:
+    stream.write(text)
 
 
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:

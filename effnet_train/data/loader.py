@@ -2,8 +2,10 @@
 
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
@@ -92,6 +94,21 @@ def _worker_context() -> Any:
     return context
 
 
+def _leave_with_the_trainer(_worker: int) -> None:
+    """End this worker when the process ends that it works for, however that happens.
+
+    torch's own watchdog looks at the parent, which is the fork server here; and that waits for its workers.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _identity(batch: Any) -> Any:
     return batch
 
@@ -102,6 +119,7 @@ def _loader(images: _Images, batches: Iterable[list[tuple[int, int]]], workers: 
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_identity,
+        worker_init_fn=_leave_with_the_trainer,
         pin_memory=pin,
         multiprocessing_context=_worker_context() if workers else None,
         prefetch_factor=2 if workers else None,

@@ -146,18 +146,25 @@ class Checkpoints:
             )
         return None
 
-    def best_is_good(self) -> bool:
-        """Say whether `best.pt` is there and agrees with its checksums."""
+    def best_step(self) -> int | None:
+        """Return the step of `best.pt`, or None where it is absent or damaged."""
         try:
-            _check_sums(self.folder / BEST)
-        except (OSError, zipfile.BadZipFile):
-            return False
-        return zipfile.is_zipfile(self.folder / BEST)
+            return int(load_checkpoint(self.folder / BEST)["step"])
+        except CheckpointError:
+            return None
+
+    def clear_unfinished(self) -> None:
+        """Remove what processes that were killed while they wrote a checkpoint have left."""
+        for pattern in (".step_*.pt-*", f".{BEST}-*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def save(self, payload: Mapping[str, Any], *, must: bool = False) -> None:
         """Write the checkpoint of `payload["step"]` and drop the oldest ones; `must` makes any failure an error."""
         if self._write(self.path(payload["step"]), payload, must=must):
-            for step in self.steps()[: -self.keep]:
+            # Of later steps there may be damaged ones, which are no reason to drop a good one.
+            former = [step for step in self.steps() if step <= payload["step"]]
+            for step in former[: -self.keep]:
                 self.path(step).unlink(missing_ok=True)
 
     def save_best(self, payload: Mapping[str, Any]) -> bool:

@@ -7,7 +7,8 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
@@ -17,12 +18,12 @@ import numpy as np
 class Logger(Protocol):
     """What the training loop tells about a run; only rank 0 has loggers."""
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
-        """Start writing, after `step` finished steps.
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
+        """Start writing, after `step` finished steps, the last evaluation having been after `evaluated` of them.
 
-        With `step=0` a log of an earlier attempt in this folder is begun anew. Otherwise what it holds of later steps
-        is forgotten, so that a resumed run leaves the log of an uninterrupted one. `config` holds `total_steps` and
-        `epochs` beside the run's own keys.
+        With `step=0` a log of an earlier attempt in this folder is begun anew. Otherwise what it holds of later steps,
+        and of later evaluations, is forgotten, so that a resumed run leaves the log of an uninterrupted one. `config`
+        holds `total_steps` and `epochs` beside the run's own keys.
         """
 
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
@@ -36,12 +37,16 @@ class Logger(Protocol):
 
 
 def tell(loggers: Iterable[Logger], what: Callable[[Logger], None]) -> None:
-    """Tell each logger something; that one cannot write, on a full disk say, is a warning: the run is worth more."""
+    """Tell each logger something; that one fails, on a full disk or without its server, is a warning.
+
+    The run is worth more. Services have errors of their own, of no common kind.
+    """
     for logger in loggers:
         try:
             what(logger)
-        except OSError as error:
-            text = f"{type(logger).__name__} cannot write ({error.strerror or error}): its log may lack lines"
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or error
+            text = f"{type(logger).__name__} cannot write ({reason}): its log may lack lines"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
@@ -65,19 +70,20 @@ def _lines(path: Path) -> list[str]:
         return list(file)
 
 
-def _until(step: int, lines: Iterable[str], step_of: Callable[[str], int], path: Path) -> list[str]:
-    """Keep the lines of finished steps."""
+def _until(
+    step: int, evaluated: int, lines: Iterable[str], read: Callable[[str], Mapping[str, Any]], path: Path
+) -> list[str]:
+    """Keep the lines of finished steps, and of evaluations the run knows of; `read` turns a line into its values."""
     kept, damaged = [], 0
     for line in lines:
         try:
             # A process that is killed while it writes leaves its last line without an end.
-            row_step = step_of(line) if line.endswith("\n") else None
-        except (ValueError, KeyError, TypeError):
-            row_step = None
-        if row_step is None:
+            row = read(line) if line.endswith("\n") else {}
+            scored = any(key.startswith("val") and value not in (None, "") for key, value in row.items())
+            if int(row["step"]) <= (evaluated if scored else step):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
             damaged += 1
-        elif row_step <= step:
-            kept.append(line)
     if damaged:
         warnings.warn(f"{path}: left out {damaged} line(s) that an interruption had damaged", stacklevel=2)
     return kept
@@ -97,11 +103,11 @@ class JsonlLogger:
         self.filename = filename
         self._file: TextIO | None = None
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Cut what is later than `step`, and append from there."""
         path = run_dir / self.filename
         lines = _lines(path) if step else []
-        kept = _until(step, lines, lambda line: int(json.loads(line)["step"]), path)
+        kept = _until(step, evaluated, lines, json.loads, path)
         _replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
@@ -132,17 +138,16 @@ class CsvLogger:
         self._columns: list[str] = []
         self._file: TextIO | None = None
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Cut what is later than `step`, and append from there."""
         self._path = run_dir / self.filename
         header, *lines = (_lines(self._path) if step else []) or ["step,epoch\n"]
         columns = next(csv.reader([header]))
 
-        def step_of(line: str) -> int:
-            cells = dict(zip(columns, next(csv.reader([line])), strict=True))  # a ValueError where some are missing
-            return int(cells["step"])
+        def read(line: str) -> Mapping[str, Any]:
+            return dict(zip(columns, next(csv.reader([line])), strict=True))  # a ValueError where some are missing
 
-        kept = _until(step, lines, step_of, self._path)
+        kept = _until(step, evaluated, lines, read, self._path)
         self._rewrite(columns, list(csv.DictReader([header, *kept])))
 
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
@@ -164,13 +169,14 @@ class CsvLogger:
             self._file = None
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        self.close()
         temporary = self._path.with_name(self._path.name + ".tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self._path)
+        # Only now: on a full disk the old table goes on.
+        self.close()
         self._columns = columns
         self._file = self._path.open("a", encoding="utf-8", newline="")
 
@@ -180,19 +186,18 @@ class TensorBoardLogger:
 
     def __init__(self, folder: str = "tensorboard") -> None:
         self.folder = folder
+        self._path = Path(folder)
         self._writer: Any = None
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Begin an event file that tells readers to forget what earlier ones hold of later steps."""
-        from torch.utils.tensorboard import SummaryWriter  # Here, because it takes seconds to import.
-
-        folder = run_dir / self.folder
-        earlier = list(folder.glob("events.out.tfevents.*"))
+        self._path = run_dir / self.folder
+        earlier = list(self._path.glob("events.out.tfevents.*"))
         if step == 0:
             for file in earlier:
                 file.unlink()
         # The step named is itself forgotten.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._begin(step + 1 if step else None)
         if step == 0 or not earlier:
             text = json.dumps(_plain(config), indent=2)
             self._writer.add_text("config", f"```json\n{text}\n```", step)
@@ -200,15 +205,32 @@ class TensorBoardLogger:
 
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
         """Write each value under its name."""
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-        # Else a run that is killed loses two minutes of events that its checkpoint is already past.
-        self._writer.flush()
+        with self._writing() as writer:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Write the images as one grid."""
-        self._writer.add_image(name, image_grid(images), step, dataformats="HWC")
-        self._writer.flush()
+        with self._writing() as writer:
+            writer.add_image(name, image_grid(images), step, dataformats="HWC")
+
+    def _begin(self, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # Here, because it takes seconds to import.
+
+        self._writer = SummaryWriter(str(self._path), purge_step=purge_step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """Give the writer, in a new file where the one before failed: a writer whose thread has died stays dead."""
+        if self._writer is None:
+            self._begin()
+        try:
+            yield self._writer
+            # Else a run that is killed loses two minutes of events that its checkpoint is already past.
+            self._writer.flush()
+        except OSError:
+            self._writer = None
+            raise
 
     def close(self) -> None:
         """Close the event file."""
@@ -240,7 +262,7 @@ class WandbLogger:
         self.mode = mode
         self._run: Any = None
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Start the run, or go on in the one whose id the folder holds."""
         try:
             import wandb
@@ -296,7 +318,7 @@ class MlflowLogger:
         self._run_id = ""
         self._logged: dict[str, int] = {}
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Start the run, or go on in the one whose id the folder holds."""
         try:
             from mlflow import MlflowClient

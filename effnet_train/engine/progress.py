@@ -27,7 +27,7 @@ class ProgressLogger:
         self._latest: dict[str, float] = {}
         self._waiting: tuple[int, str] | None = None
 
-    def open(self, run_dir: Path, *, step: int, config: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
         """Start the clock; `config` names `total_steps` and `epochs`."""
         self._total_steps = int(config["total_steps"])
         self._epochs = float(config["epochs"])

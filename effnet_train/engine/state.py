@@ -12,11 +12,11 @@ from effnet_train.optim.ema import EMA
 
 
 def no_statistics(device: torch.device) -> Tensor:
-    """Return what the step adds up between two log lines, float64 (4,), when it has seen nothing.
+    """Return what the step adds up between two log lines, float64 (5,), when it has seen nothing.
 
-    Summed loss, hits, images; and the first step whose loss was not finite, infinity where there is none.
+    Summed loss, hits, images, images skipped; and the first step whose loss was not finite, infinity where none was.
     """
-    return torch.tensor([0.0, 0.0, 0.0, torch.inf], dtype=torch.float64, device=device)
+    return torch.tensor([0.0, 0.0, 0.0, 0.0, torch.inf], dtype=torch.float64, device=device)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TrainState:
     def state_dict(self, session: Session) -> dict[str, Any]:
         """Return what a checkpoint holds, the same on every rank: tensors and plain values. Every rank must call it."""
         total = self.statistics.clone()
-        session.sum_(total[:3])
+        session.sum_(total[:4])
         return {
             "step": self.step,
             "evaluated": self.evaluated,

@@ -126,17 +126,21 @@ class Stepper:
             loss = self.loss(logits, targets)
         state.scaler.scale(loss / self.accumulate).backward()
         with torch.no_grad():
-            add_statistics(state.statistics, loss, logits, targets, state.step)
+            add_statistics(state.statistics, loss, logits, targets, state.step + 1)
+            state.statistics[3] += len(part.errors)
 
 
 def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
-    """Add one micro-batch to the sums of `no_statistics`, in place, without waiting for the device."""
+    """Add one micro-batch of step `step` (the first is 1) to the sums of `no_statistics`, in place.
+
+    The host does not wait for the device.
+    """
     labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
     count = torch.full_like(loss, len(labels))
     bad_step = torch.where(loss.isfinite(), torch.inf, float(step))
     sums = torch.stack([loss * count, hits(logits, labels, 1).to(loss.dtype), count])
     statistics[:3] += sums
-    statistics[3] = torch.minimum(statistics[3], bad_step)
+    statistics[4] = torch.minimum(statistics[4], bad_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +178,7 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
         if state.step == 0 and run.loggers:
             _log_images(run, batch[0])
         run.step(state, batch, plan.lr(state.step))
-        clock.did_step(plan.batch_size, sum(len(part.errors) for part in batch))
+        clock.did_step(plan.batch_size)
         stopped = _look(run, clock, notice)
         if stopped:
             break
@@ -185,8 +189,8 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
 def _look(run: Run, clock: "Clock", notice: PreemptionNotice) -> bool:
     """Log, save and evaluate, where it is time; return whether to stop, with all saved.
 
-    What was trained is saved before it is evaluated: whatever ends an evaluation loses nothing, and the next start
-    makes it up. After a resume nothing is new but such an evaluation.
+    A save that is due comes before the evaluation, which may crash or be killed, and again with its scores; the next
+    start makes up an evaluation that was cut off. After a resume nothing is new but such a one.
     """
     state, plan = run.state, run.plan
     stopped, trained = notice.agreed(), clock.steps > 0
@@ -220,11 +224,10 @@ def _save(run: Run, *, must: bool) -> None:
 def _log_training(run: Run, clock: "Clock") -> None:
     state, plan = run.state, run.plan
     total = state.statistics.clone()
-    run.session.sum_(total[:3])
-    run.session.min_(total[3:])
-    skipped = run.session.sum_(torch.tensor(float(clock.skipped))).item()
+    run.session.sum_(total[:4])
+    run.session.min_(total[4:])
     state.statistics.copy_(no_statistics(total.device))
-    loss_sum, correct, images, bad_step = total.tolist()  # waits for the device
+    loss_sum, correct, images, skipped, bad_step = total.tolist()  # waits for the device
     clock.did_wait()
     if math.isfinite(bad_step):
         raise _not_finite(run, int(bad_step), "the loss")
@@ -239,7 +242,7 @@ def _log_training(run: Run, clock: "Clock") -> None:
 
 
 def _check_finite(run: Run) -> None:
-    bad_step = run.session.min_(run.state.statistics[3:].clone()).item()
+    bad_step = run.session.min_(run.state.statistics[4:].clone()).item()
     if math.isfinite(bad_step):
         raise _not_finite(run, int(bad_step), "the loss")
     if not run.state.is_finite():
@@ -251,7 +254,7 @@ def _not_finite(run: Run, step: int, what: str) -> FloatingPointError:
     kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
     return FloatingPointError(
         f"{what} is not a finite number at step {step} (epoch {run.plan.epoch(step):.2f}, "
-        f"lr={run.plan.lr(step):.4g}); {kept}. Start a run of another name= with a lower schedule.lr_per_256, "
+        f"lr={run.plan.lr(step - 1):.4g}); {kept}. Start a run of another name= with a lower schedule.lr_per_256, "
         "a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32"
     )
 
@@ -266,16 +269,20 @@ def _evaluate(run: Run, notice: PreemptionNotice) -> None:
         values |= metrics.scalars(name)
     state.evaluated = state.step
     tell(run.loggers, lambda logger: logger.scalars(state.step, values, epoch=run.plan.epoch(state.step)))
-    if run.select_by not in values:
-        raise ValueError(f"select_by={run.select_by} is not one of {', '.join(values)}")
-    sign = -1 if run.select_by.endswith("loss") else 1
     former = state.best
-    if not former or not sign * values[run.select_by] <= sign * former[run.select_by]:  # better, or the former is NaN
+    if not former or is_better(values[run.select_by], former[run.select_by], least=run.select_by.endswith("loss")):
         state.best = {"step": state.step, **values}
         payload = _payload(run)
         written = run.session.is_main and run.checkpoints.save_best(payload)
         if not run.session.broadcast(written):
             state.best = former  # what is said to be the best must be there
+
+
+def is_better(score: float, former: float, *, least: bool) -> bool:
+    """Say whether a score is better than a former one; what is not a number is worse than any that is."""
+    if math.isnan(score) or math.isnan(former):
+        return not math.isnan(score)
+    return score < former if least else score > former
 
 
 def _payload(run: Run) -> dict[str, Any]:
@@ -295,7 +302,7 @@ class Clock:
         self._forget()
 
     def _forget(self) -> None:
-        self.images = self.skipped = 0
+        self.images = 0
         self._seconds = self._waited = 0.0
         self.start()
 
@@ -314,12 +321,11 @@ class Clock:
         self._seconds += now - self._mark
         self._mark = now
 
-    def did_step(self, images: int, skipped: int) -> None:
+    def did_step(self, images: int) -> None:
         """Note that a step over `images` images of all ranks was asked of the device."""
         self.did_wait()
         self.steps += 1
         self.images += images
-        self.skipped += skipped
 
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call and start anew."""

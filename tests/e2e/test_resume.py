@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from effnet_train.data.loader import Batch
 from effnet_train.distributed import PreemptionNotice
-from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.engine.checkpoint import Checkpoints, load_checkpoint
 from effnet_train.engine.state import TrainState
 from effnet_train.engine.train import Stepper
 
@@ -142,6 +143,37 @@ def test_a_crash_in_an_evaluation_loses_no_step(train: Train, monkeypatch: pytes
     assert same(state(whole, 4), state(parts, 4))
 
 
+def test_a_kill_between_an_evaluations_line_and_its_checkpoint(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line twice in the log, and none missing."""
+    whole = train("whole")
+    save, saved = Checkpoints.save, []
+
+    def killed(self: Checkpoints, payload: Any, *, must: bool = False) -> None:
+        saved.append(payload["step"])
+        if len(saved) == 2:  # the second save of step 2, with the evaluation's scores
+            raise KeyboardInterrupt
+        save(self, payload, must=must)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts")
+    assert saved == [2, 2]
+    parts = train("parts")
+    assert rows(whole) == rows(parts)
+    assert same(state(whole, 4), state(parts, 4))
+    assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
+
+
+def test_a_run_that_goes_on_needs_no_more_what_it_started_from(train: Train) -> None:
+    source = train("source")
+    start = f"init_from={source}"
+    whole = train("whole", start)
+    train("parts", start, "max_steps=2")
+    shutil.rmtree(source)
+    assert same(state(whole, 4), state(train("parts", start), 4))
+
+
 def test_a_run_keeps_the_precision_it_began_with(train: Train) -> None:
     """Under `auto` too, which on another device would choose another."""
     train("run", "max_steps=2", "precision=auto")
@@ -192,7 +224,7 @@ def test_a_damaged_best_is_made_anew(train: Train, capsys: pytest.CaptureFixture
     best.write_bytes(best.read_bytes()[:-5000])
     (folder / "model.safetensors").unlink()
     train("run")
-    assert "best.pt is absent or damaged: its score is forgotten" in capsys.readouterr().err
+    assert "best.pt is not that of step " in capsys.readouterr().err
     assert load_checkpoint(best)["step"] == 4
     assert (folder / "model.safetensors").exists()
 
@@ -257,3 +289,29 @@ def test_killed_and_terminated_for_real(tmp_path: Path, ranks: int) -> None:
     _, errors = finished.communicate(timeout=240)
     assert finished.returncode == 0, errors
     assert same(state(tmp_path / "whole", 40), state(tmp_path / "parts", 40))
+
+
+def alive(session_id: int) -> list[str]:
+    """Return the command lines of the processes of a session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == session_id and "Z" not in (folder / "stat").read_text().split()[2]:
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except (ProcessLookupError, FileNotFoundError):
+            pass
+    return found
+
+
+@pytest.mark.slow
+def test_data_workers_leave_with_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    """The one process alone, as the kernel does that has no memory left: nobody tells its workers."""
+    process = start(tmp_path, "name=run", "loggers=none", "workers=2", "save_every.steps=2")
+    wait_for((tmp_path / "run" / "step_000000002.pt").exists, process)
+    assert len(alive(process.pid)) > 2
+    process.kill()
+    process.communicate()  # ends, as nobody holds its output any more
+    deadline = time.monotonic() + 30
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert alive(process.pid) == []

@@ -40,6 +40,24 @@ def test_the_last_k_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000010.pt", "step_000000100.pt"]
 
 
+def test_damaged_ones_of_later_steps_do_not_count(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (100, 200):
+        Checkpoints(tmp_path).save(payload(step))
+    checkpoints.path(300).write_bytes(b"damaged")
+    checkpoints.save(payload(250))
+    assert checkpoints.steps() == [250, 300]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(payload(1))
+    for name in (".step_000000002.pt-x1_y", ".best.pt-abc", ".other"):
+        (tmp_path / name).write_bytes(b"half")
+    checkpoints.clear_unfinished()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "step_000000001.pt"]
+
+
 def test_an_interrupted_write_leaves_the_former_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")

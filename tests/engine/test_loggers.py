@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import errno
 import fcntl
 import importlib.util
 import json
@@ -45,7 +46,7 @@ def opened():
     loggers = []
 
     def open_(logger, run_dir, step=0):
-        logger.open(run_dir, step=step, config=CONFIG)
+        logger.open(run_dir, step=step, evaluated=step, config=CONFIG)
         loggers.append(logger)
         return logger
 
@@ -215,7 +216,7 @@ TRAIN = {
 
 def test_a_line_says_it_all(tmp_path, capsys, clock):
     logger = ProgressLogger()
-    logger.open(tmp_path, step=15_000, config={"total_steps": 437_500, "epochs": 350})
+    logger.open(tmp_path, step=15_000, evaluated=15_000, config={"total_steps": 437_500, "epochs": 350})
     clock[0] = 12 * 0.0273
     logger.scalars(15_012, TRAIN, epoch=12.0096)
     assert capsys.readouterr().out == ""
@@ -228,7 +229,7 @@ def test_a_line_says_it_all(tmp_path, capsys, clock):
 
 def test_one_line_for_each_epoch_or_evaluation(tmp_path, capsys, clock):
     logger = ProgressLogger()
-    logger.open(tmp_path, step=0, config={"total_steps": 12, "epochs": 3})
+    logger.open(tmp_path, step=0, evaluated=0, config={"total_steps": 12, "epochs": 3})
     for step in range(1, 13):
         clock[0] = step
         logger.scalars(step, {"train/loss": float(step)}, epoch=step / 4)
@@ -246,11 +247,11 @@ def test_one_line_for_each_epoch_or_evaluation(tmp_path, capsys, clock):
 
 def test_a_resumed_run_does_not_repeat_the_epoch(tmp_path, capsys):
     logger = ProgressLogger()
-    logger.open(tmp_path, step=6, config={"total_steps": 8, "epochs": 30})  # a run cut short by max_steps
+    logger.open(tmp_path, step=6, evaluated=6, config={"total_steps": 8, "epochs": 30})  # a run cut short by max_steps
     logger.scalars(7, {"train/loss": 1.0}, epoch=7 / 4)
     logger.close()
     assert capsys.readouterr().out == ""
-    logger.open(tmp_path, step=6, config={"total_steps": 8, "epochs": 30})
+    logger.open(tmp_path, step=6, evaluated=6, config={"total_steps": 8, "epochs": 30})
     logger.scalars(8, {"train/loss": 1.0}, epoch=2.0)
     logger.close()
     assert capsys.readouterr().out.startswith("epoch 2/30  step 8/8  loss 1.000")
@@ -277,7 +278,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 from pathlib import Path
 from effnet_train.engine.progress import ProgressLogger
 logger = ProgressLogger()
-logger.open(Path(), step=4, config={{"total_steps": 8, "epochs": 2}})
+logger.open(Path(), step=4, evaluated=4, config={{"total_steps": 8, "epochs": 2}})
 for step in range(5, 9):
     logger.scalars(step, {TRAIN}, epoch=step / 4)
 logger.scalars(8, {{"val/top1": 0.5}}, epoch=2.0)
@@ -308,7 +309,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, logger
     monkeypatch.setitem(sys.modules, package, None)
     message = rf"loggers={package} needs the extra {package}: pip install 'effnet-train\[{package}\]'"
     with pytest.raises(ImportError, match=message):
-        logger().open(tmp_path, step=0, config=CONFIG)
+        logger().open(tmp_path, step=0, evaluated=0, config=CONFIG)
     assert not list(tmp_path.iterdir())
 
 
@@ -393,7 +394,7 @@ def test_a_full_disk_ends_no_run(tmp_path):
     """The device that is always full stands for the disk."""
     full, good = JsonlLogger(), JsonlLogger("other.jsonl")
     for logger in (full, good):
-        logger.open(tmp_path, step=0, config={})
+        logger.open(tmp_path, step=0, evaluated=0, config={})
     full.close()
     full._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
     for step in (1, 2):
@@ -402,3 +403,75 @@ def test_a_full_disk_ends_no_run(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "other.jsonl").read_text().splitlines()] == [1, 2]
     with pytest.warns(RuntimeWarning, match="its log may lack lines"):
         tell([full, good], lambda logger: logger.close())
+
+
+class Failing:
+    """A service whose errors are its own."""
+
+    def scalars(self, *_, **__):
+        raise type("ServiceError", (Exception,), {})("the server is away")
+
+
+def test_a_service_that_fails_ends_no_run(tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"Failing cannot write \(the server is away\): its log may lack lines"):
+        tell([Failing()], lambda logger: logger.scalars(1, {}, epoch=0.1))
+
+
+def test_a_table_that_cannot_grow_goes_on(tmp_path, monkeypatch):
+    """A full disk when a new column is due: the row is lost, and those after it are not."""
+    logger = CsvLogger()
+    logger.open(tmp_path, step=0, evaluated=0, config={})
+    logger.scalars(1, {"train/loss": 1.0}, epoch=0.1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            logger.scalars(2, {"val/loss": 2.0}, epoch=0.2)
+    logger.scalars(3, {"train/loss": 3.0}, epoch=0.3)
+    logger.scalars(4, {"val/loss": 4.0}, epoch=0.4)
+    logger.close()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in rows] == [
+        ("1", "1.0", ""),
+        ("3", "3.0", ""),
+        ("4", "", "4.0"),
+    ]
+
+
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+def test_an_evaluation_that_the_run_does_not_know_of_is_forgotten(tmp_path, kind):
+    """Killed between the log's line and the checkpoint that knows of it."""
+    logger = kind()
+    logger.open(tmp_path, step=0, evaluated=0, config={})
+    for step in (2, 4):
+        logger.scalars(step, {"train/loss": 1.0}, epoch=0.1)
+        logger.scalars(step, {"val/loss": 1.0}, epoch=0.1)
+    logger.close()
+    logger.open(tmp_path, step=4, evaluated=2, config={})
+    logger.scalars(4, {"val/loss": 1.0}, epoch=0.1)
+    logger.close()
+    text = (tmp_path / logger.filename).read_text().splitlines()
+    rows = list(map(json.loads, text)) if kind is JsonlLogger else list(csv.DictReader(text))
+    assert [(int(row["step"]), bool(row.get("val/loss"))) for row in rows] == [
+        (2, False),
+        (2, True),
+        (4, False),
+        (4, True),
+    ]
+
+
+def test_tensorboard_goes_on_in_a_new_file(tmp_path):
+    """The writer's thread dies of its first error."""
+    logger = TensorBoardLogger()
+    logger.open(tmp_path, step=0, evaluated=0, config={})
+    logger.scalars(1, {"train/loss": 1.0}, epoch=0.1)
+    logger._writer.file_writer.event_writer._async_writer._worker.exception = OSError(errno.ENOSPC, "No space left")
+    with pytest.raises(OSError, match="No space left"):
+        logger.scalars(2, {"train/loss": 2.0}, epoch=0.2)
+    time.sleep(1.1)  # names of event files have seconds
+    logger.scalars(3, {"train/loss": 3.0}, epoch=0.3)
+    logger.close()
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2

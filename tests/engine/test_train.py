@@ -1,6 +1,7 @@
 """The step and the loop, on models small enough to follow by hand."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 from effnet_train.engine.every import Every
 from effnet_train.engine.state import TrainState, no_statistics
-from effnet_train.engine.train import Plan, Stepper
+from effnet_train.engine.train import Plan, Stepper, is_better
 from effnet_train.optim.ema import EMA
 from effnet_train.optim.losses import CrossEntropy
 from effnet_train.optim.schedules import Constant, Exponential
@@ -110,12 +111,12 @@ def test_the_first_bad_step_is_remembered() -> None:
     state = make_state()
     step = make_step(state)
     step(state, [make_batch()], 0.1)
-    assert state.statistics[3] == torch.inf
+    assert state.statistics[4] == torch.inf
     with torch.no_grad():
         state.model.classifier.bias[0] = torch.nan
     for _ in range(3):
         step(state, [make_batch()], 0.1)
-    assert state.statistics[3] == 1
+    assert state.statistics[4] == 2  # steps are counted from 1, and the first was good
     assert not state.is_finite()
 
 
@@ -145,3 +146,28 @@ def test_state_survives_a_journey_through_a_dictionary() -> None:
     for one in (state, other):
         make_step(one)(one, [make_batch()], 0.5)
     torch.testing.assert_close(state.state_dict(Session()), other.state_dict(Session()), rtol=0, atol=0)
+
+
+def test_skipped_images_are_part_of_the_state() -> None:
+    state = make_state()
+    first, second = micro_batches(make_batch(), 2)
+    make_step(state, accumulate=2)(state, [first._replace(errors=["a", "b"]), second._replace(errors=["c"])], 0.1)
+    assert state.state_dict(Session())["statistics"][3] == 3
+
+
+@pytest.mark.parametrize(
+    ("score", "former", "least", "better"),
+    [
+        (0.6, 0.5, False, True),
+        (0.5, 0.5, False, False),
+        (0.6, 0.5, True, False),
+        (0.4, 0.5, True, True),
+        (math.nan, 0.5, False, False),
+        (math.nan, 0.5, True, False),
+        (0.1, math.nan, False, True),
+        (0.1, math.nan, True, True),
+        (math.nan, math.nan, False, False),
+    ],
+)
+def test_what_is_better(score: float, former: float, least: bool, better: bool) -> None:
+    assert is_better(score, former, least=least) is better
