@@ -19,7 +19,7 @@ from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.decode import DecodeError, decode
 from effnet_train.data.order import Order
-from effnet_train.data.preprocess import Preprocess, eval_image
+from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
 from effnet_train.data.sources import Source
 from effnet_train.distributed import STOP_SIGNALS
 
@@ -28,7 +28,10 @@ _SUBSTITUTES = 10
 
 
 class Batch(NamedTuple):
-    """Images (N, R, R, 3) uint8, labels (N,) int64, keys (N,) int64, and what could not be read."""
+    """Images (N, R, R, 3) uint8, labels (N,) int64, keys (N,) int64, and what could not be read.
+
+    In evaluation a key is the image's index in its source, and with several crops images are (N, crops, R, R, 3).
+    """
 
     images: Tensor
     labels: Tensor
@@ -41,14 +44,15 @@ class DataError(ValueError):
 
 
 class _Images(Dataset[Batch]):
-    """Turns a list of (index, key) into a batch; `augment` None is the evaluation transform."""
+    """Turns a list of (index, key) into a batch; `augment` None is the evaluation transform, of 1 or 5 crops."""
 
-    def __init__(self, source: Source, preprocess: Preprocess, augment: Augment | None) -> None:
-        self.source, self.preprocess, self.augment = source, preprocess, augment
+    def __init__(self, source: Source, preprocess: Preprocess, augment: Augment | None, crops: int = 1) -> None:
+        self.source, self.preprocess, self.augment, self.crops = source, preprocess, augment, crops
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
         size = self.preprocess.resolution
-        images = np.empty((len(items), size, size, 3), dtype=np.uint8)
+        crops = () if self.crops == 1 else (self.crops,)
+        images = np.empty((len(items), *crops, size, size, 3), dtype=np.uint8)
         labels: list[int] = []
         keys: list[int] = []
         errors: list[str] = []
@@ -74,7 +78,8 @@ class _Images(Dataset[Batch]):
                 continue
             if self.augment:
                 return self.augment(image, self.preprocess, key), label
-            return eval_image(image, self.preprocess), label
+            pixels = eval_image if self.crops == 1 else five_crops
+            return pixels(image, self.preprocess), label
         return None
 
 
@@ -182,15 +187,17 @@ def eval_batches(
     world_size: int = 1,
     workers: int = 0,
     pin: bool = False,
+    crops: int = 1,
 ) -> Iterator[Batch]:
     """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch.
 
-    An image's key is its index in `source`.
+    `crops` is 1, the central one, or 5 (`preprocess.five_crops`); an image's key is its index in `source`.
     All ranks have as many batches, so that they can agree on something after each: the last may be empty on some.
     """
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
+    assert crops in (1, 5)
     batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
-    for batch in _loader(_Images(source, data.preprocess, None), batches, workers, pin):
+    for batch in _loader(_Images(source, data.preprocess, None, crops), batches, workers, pin):
         _raise_errors(batch, data.on_error)
         yield batch
 

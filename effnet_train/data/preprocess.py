@@ -94,17 +94,38 @@ def central_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 def _resized_and_cropped(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:
     """Scale the shorter side to so many pixels and cut out the centre, to the pixel as torchvision's transforms do."""
-    width, height = (shorter * side // min(image.size) for side in image.size)
-    image = image.resize((width, height), _filters()[preprocess.interpolation])
+    image = _scaled(image, shorter, preprocess)
     # Rounded half to even: of a margin of 1 or 5 pixels the smaller half lies on the left, of one of 3 the larger.
-    left, top = (round((side - preprocess.resolution) / 2) for side in (width, height))
+    left, top = (round((side - preprocess.resolution) / 2) for side in image.size)
     return image.crop((left, top, left + preprocess.resolution, top + preprocess.resolution))
+
+
+def _scaled(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:
+    width, height = (shorter * side // min(image.size) for side in image.size)
+    return image.resize((width, height), _filters()[preprocess.interpolation])
 
 
 def eval_image(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     """Return the evaluation pixels of an RGB image: (R, R, 3) uint8."""
     # A copy, because PyTorch warns of the read-only array that np.asarray would give.
     return np.array(central_image(image, preprocess))
+
+
+def five_crops(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Return the crops at the corners (top left, top right, bottom left, bottom right) and the centre of an RGB image.
+
+    (5, R, R, 3) uint8. The shorter side is scaled to `resize` pixels, or without it to `resolution + crop_padding`, the
+    longer one in proportion, rounded down; the crops are cut out of that at the model's resolution R. So where nothing
+    is cut off a square image, all five are the same. The central one has the pixels of `eval_image`, without `resize`
+    but for rounding and for its border, as the paper's rule cuts first.
+    Source: torchvision.transforms.FiveCrop after Resize.
+    """
+    size = preprocess.resolution
+    shorter = size + preprocess.crop_padding if preprocess.resize is None else preprocess.resize
+    scaled = np.asarray(_scaled(image, shorter, preprocess))
+    bottom, right = scaled.shape[0] - size, scaled.shape[1] - size
+    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
+    return np.stack([scaled[top : top + size, left : left + size] for left, top in corners])
 
 
 def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:

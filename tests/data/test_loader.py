@@ -14,7 +14,7 @@ from effnet_train.data.datasets import Data, image_folders
 from effnet_train.data.decode import decode
 from effnet_train.data.loader import DataError, eval_batches, train_batches
 from effnet_train.data.order import Order
-from effnet_train.data.preprocess import Preprocess, eval_image
+from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
 
 PREPROCESS = Preprocess(16)
 MORE_WORKERS_THAN_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -149,6 +149,7 @@ def test_each_image_is_read_once_over_all_ranks(count, batch_size, world_size, b
         for batch in share:
             assert len(batch.labels) + len(batch.errors) <= batch_size
             assert len(batch.images) == len(batch.labels) == len(batch.keys)
+            assert batch.keys.tolist() == seen(batch)
             found += seen(batch)
             labels += batch.labels.tolist()
             errors += batch.errors
@@ -174,6 +175,17 @@ def test_evaluation_takes_the_central_crop(image_root):
     images = torch.cat([batch.images for batch in eval_batches(data.val, data, batch_size=5)])
     expected = [eval_image(decode(data.val.read(i)[0]), PREPROCESS) for i in range(len(data.val))]
     np.testing.assert_array_equal(images.numpy(), np.stack(expected))
+
+
+def test_evaluation_takes_five_crops(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS, on_error="skip")
+    Path(data.val.name(2)).write_bytes(b"broken")
+    batches = list(eval_batches(data.val, data, batch_size=5, crops=5))
+    assert [batch.images.shape for batch in batches] == [(4, 5, 16, 16, 3), (5, 5, 16, 16, 3), (2, 5, 16, 16, 3)]
+    keys = torch.cat([batch.keys for batch in batches]).tolist()
+    assert keys == [index for index in range(12) if index != 2]
+    expected = [five_crops(decode(data.val.read(i)[0]), PREPROCESS) for i in keys]
+    np.testing.assert_array_equal(torch.cat([batch.images for batch in batches]).numpy(), np.stack(expected))
 
 
 def test_more_ranks_than_images():

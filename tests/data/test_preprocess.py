@@ -11,11 +11,18 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torchvision.models import get_model_weights
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import FiveCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as tv
 
 from effnet_train.data.decode import decode
-from effnet_train.data.preprocess import Preprocess, central_box, crop_and_resize, eval_image, normalize
+from effnet_train.data.preprocess import (
+    Preprocess,
+    central_box,
+    crop_and_resize,
+    eval_image,
+    five_crops,
+    normalize,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "crops.npz"
 
@@ -125,6 +132,32 @@ def test_pixels_outside_the_crop_do_not_bleed_in() -> None:
     pixels[20:40, 20:40] = 0
     found = crop_and_resize(Image.fromarray(pixels), (20, 20, 20, 20), Preprocess(50))
     assert not np.asarray(found).any()
+
+
+@pytest.mark.parametrize("size", [(150, 100), (100, 150), (87, 203), (96, 96), (97, 96), (40, 61), (33, 32)])
+@pytest.mark.parametrize(("resolution", "padding"), [(64, 32), (65, 32), (48, 0), (61, 7)])
+def test_five_crops_are_torchvisions(size: tuple[int, int], resolution: int, padding: int) -> None:
+    image = noise(*size)
+    scaled = Resize(resolution + padding, InterpolationMode.BICUBIC)(image)
+    expected = np.stack([np.asarray(crop) for crop in FiveCrop(resolution)(scaled)])
+    found = five_crops(image, Preprocess(resolution, crop_padding=padding))
+    assert found.shape == (5, resolution, resolution, 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+    # With the rule of timm and torchvision, their size counts, and the central crop is the evaluation crop.
+    other = Preprocess(resolution, crop_padding=3, resize=resolution + padding)
+    np.testing.assert_array_equal(five_crops(image, other), expected)
+    np.testing.assert_array_equal(expected[4], eval_image(image, other))
+
+
+def test_the_five_crops_centre_is_the_evaluation_crop_but_for_rounding() -> None:
+    gradient = np.linspace(0, 255, 300)[None, :, None] + np.linspace(0, -60, 200)[:, None, None] + np.zeros(3)
+    image = Image.fromarray(gradient.clip(0, 255).astype(np.uint8))
+    preprocess = Preprocess(64)
+    *corners, centre = five_crops(image, preprocess).astype(int)
+    expected = eval_image(image, preprocess).astype(int)
+    assert abs(centre - expected).max() <= 2
+    assert min(abs(corner - expected).max() for corner in corners) > 10
 
 
 def test_normalize_equals_torchvision_and_stays_channels_last() -> None:
