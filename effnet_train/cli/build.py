@@ -78,6 +78,11 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 def build_plan(cfg: DictConfig, num_images: int) -> Plan:
     """Build the plan of a run over `num_images` training images. Raises ValueError where its parts don't fit."""
+    if num_images == 0:
+        raise ValueError(
+            f"data.root={cfg.data.root} is read as images to evaluate on, with none to train on: choose data=folder, "
+            "for root/train/<class>/ and root/val/<class>/, or another data set"
+        )
     plan = Plan(
         num_images=num_images,
         batch_size=cfg.batch_size,

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.utils import get_object
 
+from effnet_train.data.classes import Match
 from effnet_train.engine.checkpoint import Checkpoints
 from effnet_train.engine.every import Every
 
@@ -38,10 +39,14 @@ TRAIN: Mapping[str, Any] = {
 }
 EVAL: Mapping[str, Any] = {
     **_SHARED,
-    **dict.fromkeys(("checkpoint", "weights", "split"), str),
+    "checkpoint": str | list[str],
+    **dict.fromkeys(("weights", "split"), str),
     "resolution": int | None,
-    "check_classes": bool,
-    **dict.fromkeys(("source", "output"), str | None),
+    "classes": Match,
+    "crops": Literal[1, 5],
+    "flip": bool,
+    "source": str | list[str | None] | None,
+    **dict.fromkeys(("real_labels", "details", "output"), str | None),
 }
 PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "precision", "device"), str),

@@ -1,15 +1,27 @@
-"""`effnet-eval`: top-1, top-5, loss and speed of a checkpoint on a data set."""
+"""`effnet-eval`: scores, calibration and speed of a checkpoint, or of several averaged, on a data set."""
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
+
+if TYPE_CHECKING:  # the commands' help comes without torch
+    from effnet_train.data.datasets import Data
+    from effnet_train.data.preprocess import Preprocess
+    from effnet_train.data.sources import Source
+    from effnet_train.distributed import Session
+    from effnet_train.engine.checkpoint import Weights
+    from effnet_train.engine.evaluate import Member
+    from effnet_train.engine.scores import Measure, Metrics
+
+Config = Mapping[str, Any]
 
 
 def task(cfg: DictConfig) -> None:
@@ -39,137 +51,239 @@ def task(cfg: DictConfig) -> None:
 def evaluate_rank(config: dict[str, Any], device: str) -> None:
     """Score as one rank; rank 0 prints the table and the JSON line."""
     from effnet_train.cli import build
-    from effnet_train.data.loader import eval_batches
+    from effnet_train.data.classes import match_classes
     from effnet_train.distributed import open_session
-    from effnet_train.engine.evaluate import evaluate
+    from effnet_train.engine.evaluate import evaluate_members
 
-    file = _file(config)
-    _check_request(config, file)
+    asked = _asked(config)
+    _check_request(config, asked)
     with open_session(device) as session:
-        weights = build.read_weights(
-            str(file or config["checkpoint"]), session, which=config["weights"], source=config["source"]
-        )
-        meta = weights.meta
-        build.check_targets(dict(meta), str(file or config["checkpoint"]))
-        data = build.build_data(OmegaConf.create(_data_config(config, meta)), session)
-        check_classes(data.classes, meta["classes"], by_name=config["check_classes"])
-        model = build.build_model(meta["model"], len(meta["classes"]))
-        build.load_into(model, weights, config["checkpoint"])
-        model = build.place(model, session.device)
+        parts = [_load(config, part, session) for part in asked]
+        first = parts[0]
+        _check_same_classes(parts)
+        data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
+        scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
-        batches = eval_batches(
-            source,
-            data,
-            batch_size=config["batch_size"],
-            rank=session.rank,
-            world_size=session.world_size,
-            workers=build.resolve_workers(config["workers"], session.device),
-            pin=session.device.type == "cuda",
-        )
-        metrics = evaluate(
-            {"model": model},
-            batches,
+        results = evaluate_members(
+            [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
             num_images=len(source),
-            preprocess=data.preprocess,
             precision=build.resolve_precision(config["precision"], session.device),
             session=session,
-        )["model"]
+            flip=config["flip"],
+            measure=_measure(config, source, scored),
+        )
         if session.is_main:
-            report(file, config, metrics, data.preprocess.resolution, meta)
+            report(config, parts, results)
+            if config["details"] is not None:
+                by_number = config["classes"] == "index"
+                names = [first.classes[place] for place in scored] if by_number else data.classes
+                _write_details(Path(config["details"]), _last(results), names)
 
 
-def _file(config: Mapping[str, Any]) -> Path | None:
-    """Return the checkpoint's file, or None where it is given by the name of published weights."""
+@dataclass(frozen=True)
+class Asked:
+    """A checkpoint asked for: its file, or where published weights are given by name, none; and whose they are."""
+
+    label: str
+    file: Path | None
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint with its weights, which of its weights they are, and the preprocessing to score it by."""
+
+    label: str
+    file: Path | None
+    weights: "Weights"
+    which: str
+    preprocess: "Preprocess"
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the names of the classes it was trained for."""
+        return list(self.weights.meta["classes"])
+
+    @property
+    def step(self) -> int:
+        """Return the step of the run that they are of; published weights have none."""
+        return int(self.weights.meta.get("step", 0))
+
+
+def _asked(config: Config) -> list[Asked]:
+    """Return the checkpoints asked for, one or several. Raises ValueError."""
     from effnet_train.engine.checkpoint import find_checkpoint
     from effnet_train.models.published import is_name
 
-    return None if is_name(config["checkpoint"]) else find_checkpoint(Path(config["checkpoint"]))
+    names = _listed(config["checkpoint"])
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"checkpoint={names} must be a file, a folder or a name, or several of them as [a,b]")
+    sources = config["source"] if isinstance(config["source"], list) else [config["source"]] * len(names)
+    if len(sources) != len(names) or not all(isinstance(source, str | None) for source in sources):
+        raise ValueError(f"source={sources} must be one text or null for each of the {len(names)} checkpoints")
+    files = [None if is_name(name) else find_checkpoint(Path(name)) for name in names]
+    asked = [Asked(str(file or name), file, source) for name, file, source in zip(names, files, sources, strict=True)]
+    labels = [part.label for part in asked]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(f"checkpoint= names {twice[0]} twice: an average is of different weights")
+    return asked
 
 
-def _check_request(config: Mapping[str, Any], file: Path | None) -> None:
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_request(config: Config, asked: Sequence[Asked]) -> None:
     """Check, before the work, what would only be noticed after it. Raises ValueError."""
-    if file is not None and file.suffix == ".safetensors" and config["weights"] == "raw":
-        raise ValueError(f"weights=raw: {file} holds the selected weights only; give the run's best.pt or step_*.pt")
-    if config["output"] and not Path(config["output"]).absolute().parent.is_dir():
-        raise ValueError(f"output={config['output']}: its folder does not exist, make it first")
+    for part in asked:
+        if part.file is not None and part.file.suffix == ".safetensors" and config["weights"] == "raw":
+            raise ValueError(
+                f"weights=raw: {part.file} holds the selected weights only; give the run's best.pt or step_*.pt"
+            )
+    for key in ("output", "details"):
+        if config[key] and not Path(config[key]).absolute().parent.is_dir():
+            raise ValueError(f"{key}={config[key]}: its folder does not exist, make it first")
+    if config["details"] is not None:
+        from effnet_train.analysis.details import new_figure
+
+        if Path(config["details"]).exists() and not Path(config["details"]).is_dir():
+            raise ValueError(f"details={config['details']} is a file: give a folder, which is made where it is absent")
+        new_figure(1, 1)  # without matplotlib, say so now
+    if config["real_labels"] is not None and config["classes"] == "subset":
+        raise ValueError("real_labels= are of all classes of ImageNet: they do not go with classes=subset")
 
 
-def _data_config(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
+def _load(config: Config, asked: Asked, session: "Session") -> Part:
+    """Read a checkpoint's weights, and its preprocessing at the resolution asked for."""
+    from effnet_train.cli import build
     from effnet_train.data.preprocess import Preprocess
 
-    chosen = config["data"]
-    if "_target_" not in chosen:
-        if not meta["data"]:
-            raise ValueError(
-                f"checkpoint={config['checkpoint']} carries no data set: choose one, as data=imagenet data.root=/path"
-            )
-        chosen = {**meta["data"], **{key: value for key, value in chosen.items() if value is not None}}
-    elif not Path(chosen["root"]).is_dir() and all(
-        chosen.get(k) == meta["data"].get(k) for k in ("_target_", "dataset")
-    ):
-        chosen = {**chosen, "root": meta["data"]["root"]}  # the same data set, where the checkpoint's run had it
-    preprocess = Preprocess(**meta["preprocess"])
+    weights = build.read_weights(asked.label, session, which=config["weights"], source=asked.source)
+    build.check_targets(dict(weights.meta), asked.label)
+    exported = asked.file is not None and asked.file.suffix == ".safetensors"
+    which = weights.meta.get("source") or ("selected" if exported else config["weights"])
+    preprocess = Preprocess(**weights.meta["preprocess"])
     if config["resolution"] is not None:
         preprocess = preprocess.at(config["resolution"])
+    return Part(asked.label, asked.file, weights, which, preprocess)
+
+
+def _check_same_classes(parts: Sequence[Part]) -> None:
+    first = parts[0]
+    for other in parts[1:]:
+        if other.classes != first.classes:
+            raise ValueError(
+                f"{first.label} and {other.label} were trained for other classes ({len(first.classes)} and "
+                f"{len(other.classes)}, or other names): only models of the same ones can be averaged"
+            )
+
+
+def _data_config(config: Config, part: Part) -> dict[str, Any]:
+    """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
+    chosen, own = config["data"], part.weights.meta["data"]
+    if "_target_" not in chosen:
+        if not own:
+            raise ValueError(
+                f"checkpoint={part.label} carries no data set: choose one, as data=imagenet data.root=/path"
+            )
+        given = {key: value for key, value in chosen.items() if value is not None}
+        chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
+    elif not Path(chosen["root"]).is_dir() and all(chosen.get(k) == own.get(k) for k in ("_target_", "dataset")):
+        chosen = {**chosen, "root": own["root"]}  # the same data set, where the checkpoint's run had it
     target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
-    return {**chosen, "preprocess": {**target, **preprocess.to_dict()}}
+    return {**chosen, "preprocess": {**target, **part.preprocess.to_dict()}}
 
 
-def check_classes(found: tuple[str, ...], expected: list[str], *, by_name: bool) -> None:
-    """Check that a data set's classes are those the weights were trained for. Raises ValueError."""
-    if len(found) != len(expected):
-        raise ValueError(
-            f"the data set has {len(found)} classes, the checkpoint {len(expected)}: choose the data it was trained on"
-        )
-    wrong = [(i, a, b) for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
-    if wrong and by_name:
-        place, here, there = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} classes are named differently: class {place} is {here!r} in the data set and {there!r} in "
-            "the checkpoint; if only the names differ and the order is the same, set check_classes=false"
-        )
+def _expected(chosen: Any, own: Any) -> Any:
+    if chosen == "own":
+        return own
+    if chosen is not None and not isinstance(chosen, Mapping):
+        raise ValueError(f"data.expected={chosen} must be own, the checkpoint's; null; or counts as {{val: 50000}}")
+    return chosen
 
 
-def _split(data: Any, split: str) -> Any:
+def _split(data: "Data", split: str) -> "Source":
     held_out = data.test is not None
-    splits = {"train": data.train, "val": data.test if held_out else data.val}
+    splits = {"train": data.train, "val": data.test if data.test is not None else data.val}
     if held_out:
         splits["held_out"] = data.val
+    splits = {name: source for name, source in splits.items() if len(source)}
     if split not in splits:
         raise ValueError(f"split={split} is not there: choose {' or '.join(splits)} (held_out needs data.minival)")
     return splits[split]
 
 
-def report(
-    file: Path | None, config: Mapping[str, Any], metrics: Any, resolution: int, meta: Mapping[str, Any]
-) -> None:
-    """Print a table for people and a JSON line for programs; write the line to the output file."""
-    from dataclasses import asdict
+def _member(
+    config: Config, part: Part, *, scored: Sequence[int], data: "Data", source: "Source", session: "Session"
+) -> "Member":
+    """Build a checkpoint's model on the device, and its share of the images in its own preprocessing."""
+    from effnet_train.cli import build
+    from effnet_train.data.loader import eval_batches
+    from effnet_train.engine.evaluate import Member, OfClasses
 
+    model = build.build_model(part.weights.meta["model"], len(part.classes))
+    build.load_into(model, part.weights, part.label)
+    model = build.place(model, session.device)
+    if list(scored) != list(range(len(part.classes))):
+        model = OfClasses(model, scored, session.device)
+    workers = build.resolve_workers(config["workers"], session.device)
+    if config["workers"] == "auto":  # the members decode side by side
+        workers = max(1, workers // len(_listed(config["checkpoint"])))
+    batches = eval_batches(
+        source,
+        replace(data, preprocess=part.preprocess),
+        batch_size=config["batch_size"],
+        rank=session.rank,
+        world_size=session.world_size,
+        workers=workers,
+        pin=session.device.type == "cuda",
+        crops=config["crops"],
+    )
+    return Member({part.label: model}, batches, part.preprocess)
+
+
+def _measure(config: Config, source: "Source", scored: Sequence[int]) -> "Measure":
+    from effnet_train.data.classes import real_labels
+    from effnet_train.engine.scores import Measure
+
+    real = None if config["real_labels"] is None else real_labels(Path(config["real_labels"]), source, scored)
+    return Measure(calibration=True, confusion=len(scored) if config["details"] is not None else 0, real=real)
+
+
+def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics"]) -> None:
+    """Print a table for people and a JSON line for programs; write the line to the output file.
+
+    `results` are those of the members, and where there are several, at the end that of their average.
+    """
     from effnet_train.engine.checkpoint import write_atomically
 
-    step = int(meta.get("step", 0))
-    exported = file is not None and file.suffix == ".safetensors"
-    which = meta.get("source") or ("selected" if exported else config["weights"])
+    members = [
+        {
+            "checkpoint": part.label,
+            "weights": part.which,
+            "step": part.step,
+            "resolution": part.preprocess.resolution,
+        }
+        for part in parts
+    ]
+    several = len(parts) > 1
     record = {
-        "checkpoint": str(file or config["checkpoint"]),
-        "weights": which,
-        "split": config["split"],
-        "step": step,
-        "resolution": resolution,
-        **asdict(metrics),
+        **({key: [member[key] for member in members] for key in members[0]} if several else members[0]),
+        **{key: config[key] for key in ("split", "classes", "crops", "flip")},
+        **_last(results).record(),
+        **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
     }
-    whose = f"weights of {which}" if "source" in meta else f"{which} weights of step {step:,}"
-    print(f"{record['checkpoint']} ({whose}), {config['split']} at {resolution} pixels")
-    print(f"  top-1     {metrics.top1:8.2%}")
-    print(f"  top-5     {metrics.top5:8.2%}")
-    print(f"  loss      {metrics.loss:8.4f}")
-    print(f"  images    {metrics.images:8,d}" + (f"   ({metrics.skipped:,} skipped)" if metrics.skipped else ""))
-    print(f"  images/s  {metrics.images_per_s:8,.0f}")
+    for part in parts:
+        published = "source" in part.weights.meta
+        whose = f"weights of {part.which}" if published else f"{part.which} weights of step {part.step:,}"
+        alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
+        print(f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels{alone}")
+    _print_scores(_last(results), _views(config, len(parts)))
     line = json.dumps(record)
     print(line)
-    beside = None if file is None else file.parent / "eval.json"  # but not into a cache, where names lead
+    # Several checkpoints have no folder of their own; nor shall it be a cache, where names lead.
+    beside = None if several or parts[0].file is None else parts[0].file.parent / "eval.json"
     output = Path(config["output"]) if config["output"] else beside
     if output is None:
         return
@@ -180,6 +294,39 @@ def report(
             raise
         # Published weights often lie where one may only read.
         print(f"warning: not written to {output} ({error.strerror}): give output=...", file=sys.stderr)
+
+
+def _last(results: Mapping[str, "Metrics"]) -> "Metrics":
+    """Return the metrics that were asked for: of the only member, or of the average of all."""
+    return list(results.values())[-1]
+
+
+def _views(config: Config, members: int) -> str:
+    """Say what was averaged, or nothing where nothing was."""
+    parts = [f"{members} checkpoints"] * (members > 1) + [f"{config['crops']} crops"] * (config["crops"] > 1)
+    return " x ".join(parts + ["the image and its mirror image"] * config["flip"])
+
+
+def _print_scores(metrics: "Metrics", averaged: str) -> None:
+    if averaged:
+        print(f"  averaged over {averaged}")
+    print(f"  top-1     {metrics.top1:8.2%}")
+    print(f"  top-5     {metrics.top5:8.2%}")
+    if metrics.real_top1 is not None:
+        print(f"  ReaL      {metrics.real_top1:8.2%}   (of {metrics.real_images:,} images)")
+    print(f"  loss      {metrics.loss:8.4f}")
+    print(f"  ECE       {metrics.ece:8.4f}")
+    print(f"  images    {metrics.images:8,d}" + (f"   ({metrics.skipped:,} skipped)" if metrics.skipped else ""))
+    print(f"  images/s  {metrics.images_per_s:8,.0f}")
+
+
+def _write_details(folder: Path, metrics: "Metrics", names: Sequence[str]) -> None:
+    from effnet_train.analysis.details import write_details
+
+    assert metrics.confusion is not None
+    assert metrics.calibration is not None
+    write_details(folder, metrics.confusion, metrics.calibration, names)
+    print(f"details: {folder}", file=sys.stderr)
 
 
 def _write(stream: Any, text: str) -> None:

@@ -29,8 +29,9 @@ from effnet_train.engine.checkpoint import (
     load_weights,
     write_atomically,
 )
-from effnet_train.engine.evaluate import Metrics, evaluate
+from effnet_train.engine.evaluate import evaluate
 from effnet_train.engine.loggers import Logger
+from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
 from effnet_train.optim.ema import EMA

@@ -49,8 +49,7 @@ def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int
         )
     if len(train.classes) < 2:
         raise ValueError(f"there is one class, {train.classes[0]!r}: to tell classes apart, there must be at least two")
-    if on_error not in ON_ERROR:
-        raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
+    _check_on_error(on_error)
     if not 0 <= minival < len(train):
         raise ValueError(f"data.minival={minival} must be less than the {len(train)} training images, and not negative")
     if minival == 0:
@@ -59,6 +58,11 @@ def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int
     shuffled = permutation(0, 0, len(train))
     held_out, rest = np.sort(shuffled[:minival]), np.sort(shuffled[minival:])
     return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ON_ERROR:
+        raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
 
 
 def image_folders(
@@ -81,6 +85,23 @@ def image_folders(
     sources = [FolderSource(Path(root) / split) for split in (train, val)]
     _check_counts(root, sources, expected)
     return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+
+
+def eval_folder(
+    root: str,
+    *,
+    preprocess: Preprocess,
+    on_error: str = "raise",
+    expected: Mapping[str, int] | None = None,
+) -> Data:
+    """Read `root/<class>/<image>` to evaluate on: there are no training images."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds <class>/<image>")
+    val = FolderSource(root)
+    none = Subset(val, np.arange(0))
+    _check_counts(root, [none, val], expected)
+    _check_on_error(on_error)
+    return Data(none, val, None, preprocess, on_error)
 
 
 def torchvision_splits(

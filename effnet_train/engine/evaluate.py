@@ -1,50 +1,34 @@
 """Exact evaluation: every image counted once, over any number of ranks."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import Session
+from effnet_train.engine.scores import TRAINING, Measure, Metrics, Sums, average, batch_sums, no_sums, to_metrics
+
+ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found: `top1` and `top5` are fractions, `loss` the mean cross entropy without smoothing."""
+class Member:
+    """Models that see the same pixels: `batches` are this rank's share of the images, in the `preprocess` given."""
 
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    skipped: int
-    images_per_s: float
-
-    def scalars(self, prefix: str) -> dict[str, float]:
-        """Return the scores for a log, named `prefix/top1` and so on."""
-        return {
-            f"{prefix}/{key}": float(value) for key, value in asdict(self).items() if key in ("top1", "top5", "loss")
-        }
+    models: Mapping[str, nn.Module]
+    batches: Iterable[Batch]
+    preprocess: Preprocess
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context of a forward pass in `precision` (fp32, tf32, bf16 or fp16)."""
     halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtype=halves.get(precision, torch.bfloat16), enabled=precision in halves)
-
-
-def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return how many labels (N,) are among the `k` largest logits (N, K); with fewer than k classes, all are.
-
-    A row that is not finite hits nothing.
-    """
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return ((top == labels[:, None]).any(dim=1) & logits.isfinite().all(dim=1)).sum()
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -64,9 +48,21 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             model.train(training)
 
 
-@torch.inference_mode()
+class OfClasses(nn.Module):
+    """A model's logits (N, len(classes)) of some of its classes, or of all in another order."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int], device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = torch.tensor(classes, device=device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of these classes."""
+        return self.model(images)[:, self.classes]
+
+
 def evaluate(
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     *,
     num_images: int,
@@ -80,31 +76,83 @@ def evaluate(
     `stopped` is asked after every batch and must give all ranks, which have as many batches, the same answer.
     Raises Interrupted where it says yes, and AssertionError where all ranks' images do not add up to `num_images`.
     """
+    members = [Member(models, batches, preprocess)]
+    return evaluate_members(members, num_images=num_images, precision=precision, session=session, stopped=stopped)
+
+
+@torch.inference_mode()
+def evaluate_members(
+    members: Sequence[Member],
+    *,
+    num_images: int,
+    precision: str,
+    session: Session,
+    flip: bool = False,
+    measure: Measure = TRAINING,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Metrics]:
+    """Score the models of each member as `evaluate` does, and the average of all as ENSEMBLE where there are several.
+
+    Several members read the same images, in batches of the same size, each in its own preprocessing. Averaged are
+    probabilities: of an image's crops, of each and its mirror image with `flip`, and then of the members.
+    """
     start = time.perf_counter()
-    device = session.device
-    # For each model: hits at 1, hits at 5, summed loss; and for all: images, skipped images.
-    sums = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    with _evaluating(models.values()):
-        for batch in batches:
-            images = normalize(batch.images.to(device, non_blocking=True), preprocess.mean, preprocess.std)
-            labels = batch.labels.to(device, non_blocking=True)
-            counts += torch.tensor([len(labels), len(batch.errors)]).to(device, non_blocking=True)
-            for name, model in models.items() if len(labels) else ():
-                with autocast(device, precision):
-                    logits = model(images)
-                logits = logits.float()
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums[name] += torch.stack([hits(logits, labels, 1), hits(logits, labels, 5), loss]).double()
+    device, measure = session.device, measure.to(session.device)
+    names = [name for member in members for name in member.models]
+    several = [ENSEMBLE] if len(members) > 1 else []
+    totals = {name: no_sums(measure, device) for name in (*names, *several)}
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # images, skipped images
+    with _evaluating([model for member in members for model in member.models.values()]):
+        for parts in zip(*(member.batches for member in members), strict=True):
+            first = _the_same_images(parts)
+            labels, keys = (tensor.to(device, non_blocking=True) for tensor in (first.labels, first.keys))
+            counts += torch.tensor([len(first.labels), len(first.errors)]).to(device, non_blocking=True)
+            scores: dict[str, Tensor] = {}
+            for member, batch in zip(members, parts, strict=True) if len(first.labels) else ():
+                scores |= _scores(member, batch, flip=flip, precision=precision, device=device)
+            if several and scores:
+                scores[ENSEMBLE] = average(torch.stack(list(scores.values())))
+            for name, logits in scores.items():
+                _add(totals[name], batch_sums(logits, labels, keys, measure))
             if stopped():
                 raise Interrupted
     session.sum_(counts)
-    count, skipped = counts.tolist()
-    assert count + skipped == num_images, f"{count} images counted and {skipped} skipped of {num_images}"
+    images, skipped = counts.tolist()
+    assert images + skipped == num_images, f"{images} images counted and {skipped} skipped of {num_images}"
     rate = num_images / (time.perf_counter() - start)
-    results = {}
-    for name, total in sums.items():
-        top1, top5, loss_sum = session.sum_(total).tolist()
-        share = max(1, count)
-        results[name] = Metrics(top1 / share, top5 / share, loss_sum / share, count, skipped, rate)
-    return results
+    for total in totals.values():
+        for tensor in total.values():
+            session.sum_(tensor)
+    return {
+        name: to_metrics(total, images=images, skipped=skipped, images_per_s=rate) for name, total in totals.items()
+    }
+
+
+def _the_same_images(parts: Sequence[Batch]) -> Batch:
+    """Return the first of the members' batches, having seen that all are of the same images."""
+    first = parts[0]
+    for other in parts[1:]:
+        assert torch.equal(first.keys, other.keys), "the members' batches are of different images"
+        assert torch.equal(first.labels, other.labels), "the members' labels of the same images differ"
+    return first
+
+
+def _scores(member: Member, batch: Batch, *, flip: bool, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """Return each model's scores (N, K) of a batch: logits, or where there are several views their average."""
+    pixels = batch.images.to(device, non_blocking=True)
+    views: dict[str, list[Tensor]] = {name: [] for name in member.models}
+    # A view at a time: what the networks need of the memory is that of one.
+    for view in pixels.unbind(1) if pixels.ndim == 5 else (pixels,):
+        inputs = normalize(view, member.preprocess.mean, member.preprocess.std)
+        for images in (inputs, inputs.flip(-1)) if flip else (inputs,):
+            for name, model in member.models.items():
+                with autocast(device, precision):
+                    logits = model(images)
+                views[name].append(logits.float())
+    return {name: average(torch.stack(logits)) for name, logits in views.items()}
+
+
+def _add(total: Sums, sums: Sums) -> None:
+    assert total.keys() == sums.keys()
+    for name, tensor in sums.items():
+        total[name] += tensor

@@ -15,9 +15,10 @@ from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
 from effnet_train.engine.checkpoint import Checkpoints
-from effnet_train.engine.evaluate import Interrupted, Metrics, autocast, hits
+from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
 from effnet_train.engine.loggers import Logger, tell
+from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.models.layers import frozen_statistics
 from effnet_train.optim.schedules import Schedule

@@ -104,8 +104,10 @@ def test_evaluation_is_checked_by_its_own_keys(compose: Compose) -> None:
     for key, value, message in (
         ("batch_size", 0, "batch_size=0 must be at least 1"),
         ("resolution", "large", "resolution='large' must be a whole number or null"),
-        ("checkpoint", 3, "checkpoint=3 must be text"),
-        ("check_classes", "no", "check_classes='no' must be true or false"),
+        ("checkpoint", 3, "checkpoint=3 must be text or a list"),
+        ("classes", "no", "classes='no' must be same or any or subset or index"),
+        ("crops", 10, "crops=10 must be 1 or 5"),
+        ("flip", "no", "flip='no' must be true or false"),
         ("epochs", 3, "epochs is not a key of the configuration: remove it"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -117,7 +117,7 @@ def test_other_classes_are_refused(cli: Cli, run: Path, few_digits: Path, image_
     names = "1 classes are named differently: class 9 is 'nine' in the data set and '9' in the checkpoint"
     assert_refused(cli("eval", *arguments), names)
     same = scored(cli("eval", f"checkpoint={run}", *ONE))
-    assert scored(cli("eval", *arguments, "check_classes=false"))["loss"] == same["loss"]
+    assert scored(cli("eval", *arguments, "classes=any"))["loss"] == same["loss"]
 
 
 @pytest.mark.parametrize(

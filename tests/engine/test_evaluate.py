@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
-from effnet_train.engine.evaluate import Interrupted, evaluate, hits
+from effnet_train.engine.evaluate import Interrupted, evaluate
+from effnet_train.engine.scores import hits
 
 PREPROCESS = Preprocess(resolution=2, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
 
