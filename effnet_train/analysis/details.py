@@ -129,9 +129,7 @@ def _square(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
     axes.tick_params(length=0, labelsize=10)
     axes.spines[:].set_visible(False)
     top1 = confusion.diagonal().sum() / max(1, confusion.sum())
-    axes.set_title(
-        f"{confusion.sum():,} images, top-1 {100 * top1:.1f} %\ncolour: share of the true class", fontsize=12
-    )
+    axes.set_title(f"{confusion.sum():,} images, top-1 {_percent(top1)}\ncolour: share of the true class", fontsize=12)
     return figure
 
 
@@ -145,12 +143,18 @@ def _worst(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
     left.set_xlim(0, 100)
     left.set_xlabel("Top-1, %", fontsize=11)
     seen = int((images > 0).sum())
-    left.set_title(f"The {len(worst)} worst of {seen:,} classes (their mean: {np.nanmean(top1):.1%})", fontsize=12)
+    left.set_title(
+        f"The {len(worst)} worst of {seen:,} classes (mean of all: {_percent(np.nanmean(top1))})", fontsize=12
+    )
     pairs = confused_pairs(confusion, WORST)
     labels = [f"{_short(names[true])} → {_short(names[predicted])}" for true, predicted, _ in pairs]
     _bars(right, labels, [count for _, _, count in pairs], ORANGE, "{:,}")
-    right.set_xlabel("Images", fontsize=11)
-    right.set_title(f"The {len(pairs)} pairs confused most: true → predicted", fontsize=12)
+    if pairs:
+        right.set_xlabel("Images", fontsize=11)
+        right.set_title(f"The {len(pairs)} pairs confused most: true → predicted", fontsize=12)
+    else:
+        right.set_axis_off()
+        right.set_title("No class is taken for another", fontsize=12)
     return figure
 
 
@@ -165,6 +169,10 @@ def _bars(axes: "Axes", labels: Sequence[str], values: Sequence[float], color: s
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _short(name: str) -> str:
@@ -183,15 +191,16 @@ def calibration_picture(bins: np.ndarray) -> "Figure":
     full = images > 0
     share = np.divide(hits, images, out=np.zeros(len(images)), where=full)
     mean = np.divide(confidence, images, out=np.zeros(len(images)), where=full)
-    top.bar(middles[full], share[full], width * 0.92, color=BLUE, label="top-1 of the images in a bin")
-    top.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="confidence that is right")
-    top.plot(mean[full], share[full], color=ORANGE, marker="o", markersize=4, label="top-1 at the mean confidence")
+    top.bar(middles[full], share[full], width * 0.92, color=BLUE, label="top-1 of a bin")
+    top.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
+    points: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False, "zorder": 3}
+    top.plot(mean[full], share[full], color=ORANGE, label="top-1 at a bin's mean confidence", **points)
     top.set_ylim(0, 1.02)
     top.set_ylabel("Top-1", fontsize=12)
-    top.legend(loc="upper left", frameon=False, fontsize=10)
-    error = np.abs(hits - confidence).sum() / max(1, images.sum())
-    over = confidence.sum() / max(1, images.sum()), hits.sum() / max(1, images.sum())
-    top.set_title(f"ECE {error:.4f}: mean confidence {over[0]:.1%}, top-1 {over[1]:.1%}", fontsize=12)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "borderaxespad": 0.2}  # no bar there
+    top.legend(ncols=2, frameon=False, fontsize=9, **place)
+    error, sure, right = (x.sum() / max(1, images.sum()) for x in (np.abs(hits - confidence), confidence, hits))
+    figure.suptitle(f"ECE {error:.4f}: mean confidence {_percent(sure)}, top-1 {_percent(right)}", fontsize=12)
     bottom.bar(middles, images / max(1, images.sum()), width * 0.92, color=GREY)
     bottom.set_ylabel("Images", fontsize=12)
     bottom.set_xlabel("Confidence: the probability of the predicted class", fontsize=12)
