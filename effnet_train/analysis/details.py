@@ -96,7 +96,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of so many inches. Raises ImportError without matplotlib."""
+    """Return an empty figure, its size in inches. Raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # Not pyplot: it keeps state and may look for a display.
     except ImportError as error:
@@ -143,9 +143,8 @@ def _worst(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
     left.set_xlim(0, 100)
     left.set_xlabel("Top-1, %", fontsize=11)
     seen = int((images > 0).sum())
-    left.set_title(
-        f"The {len(worst)} worst of {seen:,} classes (mean of all: {_percent(np.nanmean(top1))})", fontsize=12
-    )
+    mean = _percent(np.nansum(top1) / max(1, seen))
+    left.set_title(f"The {len(worst)} worst of {seen:,} classes (mean of all: {mean})", fontsize=12)
     pairs = confused_pairs(confusion, WORST)
     labels = [f"{_short(names[true])} → {_short(names[predicted])}" for true, predicted, _ in pairs]
     _bars(right, labels, [count for _, _, count in pairs], ORANGE, "{:,}")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from effnet_train import distributed
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
-from effnet_train.engine.evaluate import evaluate
+from effnet_train.engine.evaluate import ENSEMBLE, Member, evaluate, evaluate_members
+from effnet_train.engine.scores import Measure, Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Stepper
 from effnet_train.models.efficientnet import EfficientNet
@@ -110,7 +112,32 @@ def checks(session: distributed.Session, folder: Path) -> None:
         "m"
     ]
     found["metrics"] = [metrics.top1, metrics.top5, metrics.loss, metrics.images]
+    for count in (11, 1):
+        metrics = measured(session, count)
+        assert metrics.confusion is not None
+        assert metrics.calibration is not None
+        found[f"measured-{count}"] = [metrics.confusion.tolist(), metrics.calibration.tolist(), metrics.record()]
     (folder / f"checks-{session.rank}.json").write_text(json.dumps(found))
+
+
+def measured(session: distributed.Session, count: int) -> Metrics:
+    """Measure all that can be measured of two members' average, with crops and mirror images, in batches of four."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(256, (count, 5, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels, keys = torch.randint(5, (count,), generator=generator), torch.arange(count)
+    mine, most = keys[session.rank :: session.world_size], -(-count // session.world_size)
+    parts = [mine[start : start + 4] for start in range(0, most, 4)]  # of one image, the other rank's is empty
+    members = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = EfficientNet(width=0.25, depth=0.3, resolution=32, num_classes=5)
+        batches = [Batch(images[part], labels[part], part, []) for part in parts]
+        members.append(Member({str(seed): model}, batches, PREPROCESS))
+    real = torch.stack([(labels + 1) % 5, torch.where(keys % 3 == 0, -1, labels)], 1)
+    real[keys % 4 == 0] = -1
+    measure = Measure(calibration=True, confusion=5, real=real)
+    found = evaluate_members(members, num_images=count, precision="fp32", session=session, flip=True, measure=measure)
+    return found[ENSEMBLE]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +189,24 @@ def test_reductions_notice_and_evaluation(results: Path) -> None:
         assert found["metrics"][:2] == [alone.top1, alone.top5]
         assert found["metrics"][2] == pytest.approx(alone.loss, rel=1e-5)
         assert found["metrics"][3] == 11
+
+
+@pytest.mark.parametrize("count", [11, 1])
+def test_all_that_is_measured_adds_up_over_ranks(results: Path, count: int) -> None:
+    """Also where a rank has no image at all."""
+    alone = measured(distributed.Session(), count)
+    assert alone.confusion is not None
+    assert alone.calibration is not None
+    assert alone.confusion.sum() == alone.images == count
+    expected = alone.record()
+    for rank in range(RANKS):
+        confusion, calibration, record = json.loads((results / f"checks-{rank}.json").read_text())[f"measured-{count}"]
+        assert confusion == alone.confusion.tolist()
+        np.testing.assert_allclose(calibration, alone.calibration, rtol=1e-5)
+        for key in ("top1", "top5", "images", "skipped", "real_top1", "real_images"):
+            assert record[key] == expected[key]
+        for key in ("loss", "ece"):
+            assert record[key] == pytest.approx(expected[key], rel=1e-5)
 
 
 def fail_on_rank_1(folder: str) -> None:

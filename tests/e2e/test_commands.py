@@ -69,15 +69,19 @@ def test_a_run_from_its_command_to_its_score(command: Command, tmp_path: Path) -
 def test_ranks_give_the_identical_counts(command: Command, tmp_path: Path) -> None:
     done = command("effnet-train", *TINY, "name=run", "ranks=2")
     assert done.returncode == 0, done.stderr
-    scores = []
+    scores, details = [], []
     for ranks in ("1", "2"):
-        scored = command("effnet-eval", "checkpoint=runs/debug/run", "device=cpu", "workers=0", f"ranks={ranks}")
+        views = ("crops=5", "flip=true", f"details=details-{ranks}", f"ranks={ranks}")
+        scored = command("effnet-eval", "checkpoint=runs/debug/run", "device=cpu", "workers=0", *views)
         assert scored.returncode == 0, scored.stderr
         scores.append(json.loads(scored.stdout.splitlines()[-1]))
+        details.append((tmp_path / f"details-{ranks}" / "confusion.csv").read_text())
     one, two = scores
+    assert details[0] == details[1]
     for key in ("top1", "top5", "images", "skipped", "step"):
         assert one[key] == two[key]
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    for key in ("loss", "ece"):
+        assert one[key] == pytest.approx(two[key], rel=1e-6)
     assert sum(line.startswith("{") for line in scored.stdout.splitlines()) == 1  # one rank speaks
 
 
