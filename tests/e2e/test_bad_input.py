@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder that is a disk of 8 MiB: room for two checkpoints, not for three."""
+    """Return a folder that is a disk of 10 MiB: room for two checkpoints and one that is being written."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    options = ["-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)]
     mounted = shutil.which("mount") and subprocess.run(["mount", *options], capture_output=True, text=True)
     if not mounted or mounted.returncode:
         pytest.skip(f"mount is not permitted here: {mounted.stderr.strip() if mounted else 'there is no mount'}")
@@ -39,6 +39,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command: Command, small_disk: 
     assert first.returncode == 0, first.stderr
     checkpoint = small_disk / "run" / "step_000000001.pt"
     before = checkpoint.read_bytes()
+    (small_disk / "other").write_bytes(bytes(3 << 20))  # and now not even for that
 
     full = command("effnet-train", *arguments, "max_steps=6")
     assert full.returncode == 2
@@ -63,6 +64,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command: Command, small_disk: 
     assert checkpoint.read_bytes() == before
 
     (small_disk / "filling").unlink()
+    (small_disk / "other").unlink()
     (small_disk / "run" / "model.safetensors").unlink()
     (small_disk / "run" / "best.pt").unlink()
     made_room = command("effnet-train", *arguments, "max_steps=2", "checkpoint.keep=1")
