@@ -57,8 +57,9 @@ class Metrics:
     calibration: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def scalars(self, prefix: str) -> dict[str, float]:
-        """Return the scores for a log, named `prefix/top1` and so on."""
-        return {f"{prefix}/{key}": float(getattr(self, key)) for key in ("top1", "top5", "loss")}
+        """Return the scores for a log, named `prefix/top1` and so on, and the images skipped, where there are any."""
+        keys = ("top1", "top5", "loss", *(["skipped"] if self.skipped else []))
+        return {f"{prefix}/{key}": float(getattr(self, key)) for key in keys}
 
     def record(self) -> dict[str, Any]:
         """Return all that was measured, but for the arrays."""

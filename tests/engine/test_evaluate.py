@@ -106,3 +106,13 @@ def test_an_evaluation_stops_where_it_is_told_to() -> None:
         )
     assert len(asked) == 2
     assert model.training
+
+
+def test_a_log_tells_of_skipped_images_where_there_are_any() -> None:
+    first, second = batches([1, 2, 3], [0, 1, 0], 2)
+    empty = Batch(second.images[:0], second.labels[:0], second.keys[:0], ["c.jpg: broken"])
+    arguments = {"preprocess": PREPROCESS, "precision": "fp32", "session": Session()}
+    whole = evaluate({"m": FirstPixel(3)}, [first, second], num_images=3, **arguments)["m"]
+    part = evaluate({"m": FirstPixel(3)}, [first, empty], num_images=3, **arguments)["m"]
+    assert whole.scalars("val").keys() == {"val/top1", "val/top5", "val/loss"}
+    assert part.scalars("val")["val/skipped"] == 1
