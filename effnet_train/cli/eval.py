@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.cli.app import command, run_rank
 
 if TYPE_CHECKING:  # the commands' help comes without torch
+    from torch import nn
+
     from effnet_train.data.datasets import Data
     from effnet_train.data.preprocess import Preprocess
     from effnet_train.data.sources import Source
     from effnet_train.distributed import Session
-    from effnet_train.engine.checkpoint import Weights
     from effnet_train.engine.evaluate import Member
     from effnet_train.engine.scores import Measure, Metrics
 
@@ -91,23 +92,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint with its weights, which of its weights they are, and the preprocessing to score it by."""
+    """A checkpoint's network, what travels with it, which weights these are, and the preprocessing to score it by."""
 
     label: str
     file: Path | None
-    weights: "Weights"
+    model: "nn.Module"
+    meta: Mapping[str, Any]
     which: str
     preprocess: "Preprocess"
 
     @property
     def classes(self) -> list[str]:
         """Return the names of the classes it was trained for."""
-        return list(self.weights.meta["classes"])
+        return list(self.meta["classes"])
 
     @property
     def step(self) -> int:
         """Return the step of the run that they are of; published weights have none."""
-        return int(self.weights.meta.get("step", 0))
+        return int(self.meta.get("step", 0))
 
 
 def _asked(config: Config) -> list[Asked]:
@@ -155,18 +157,17 @@ def _check_request(config: Config, asked: Sequence[Asked]) -> None:
 
 
 def _load(config: Config, asked: Asked, session: "Session") -> Part:
-    """Read a checkpoint's weights, and its preprocessing at the resolution asked for."""
+    """Read a checkpoint, and its preprocessing at the resolution asked for."""
     from effnet_train.cli import build
     from effnet_train.data.preprocess import Preprocess
 
-    weights = build.read_weights(asked.label, session, which=config["weights"], source=asked.source)
-    build.check_targets(dict(weights.meta), asked.label)
+    model, meta = build.load_model(asked.label, session, which=config["weights"], source=asked.source)
     exported = asked.file is not None and asked.file.suffix == ".safetensors"
-    which = weights.meta.get("source") or ("selected" if exported else config["weights"])
-    preprocess = Preprocess(**weights.meta["preprocess"])
+    which = meta.get("source") or ("selected" if exported else config["weights"])
+    preprocess = Preprocess(**meta["preprocess"])
     if config["resolution"] is not None:
         preprocess = preprocess.at(config["resolution"])
-    return Part(asked.label, asked.file, weights, which, preprocess)
+    return Part(asked.label, asked.file, model, meta, which, preprocess)
 
 
 def _check_same_classes(parts: Sequence[Part]) -> None:
@@ -181,7 +182,7 @@ def _check_same_classes(parts: Sequence[Part]) -> None:
 
 def _data_config(config: Config, part: Part) -> dict[str, Any]:
     """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
-    chosen, own = config["data"], part.weights.meta["data"]
+    chosen, own = config["data"], part.meta["data"]
     if "_target_" not in chosen:
         if not own:
             raise ValueError(
@@ -217,16 +218,13 @@ def _split(data: "Data", split: str) -> "Source":
 def _member(
     config: Config, part: Part, *, scored: Sequence[int], data: "Data", source: "Source", session: "Session"
 ) -> "Member":
-    """Build a checkpoint's model on the device, and its share of the images in its own preprocessing."""
+    """Return a checkpoint's network, of the classes to score by, and this rank's images in its own preprocessing."""
     from effnet_train.cli import build
     from effnet_train.data.loader import eval_batches
     from effnet_train.engine.evaluate import Member, OfClasses
 
-    model = build.build_model(part.weights.meta["model"], len(part.classes))
-    build.load_into(model, part.weights, part.label)
-    model = build.place(model, session.device)
-    if list(scored) != list(range(len(part.classes))):
-        model = OfClasses(model, scored, session.device)
+    whole = list(scored) == list(range(len(part.classes)))
+    model = part.model if whole else OfClasses(part.model, scored, session.device)
     workers = build.resolve_workers(config["workers"], session.device)
     if config["workers"] == "auto":  # the members decode side by side
         workers = max(1, workers // len(_listed(config["checkpoint"])))
@@ -275,7 +273,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
     }
     for part in parts:
-        published = "source" in part.weights.meta
+        published = "source" in part.meta
         whose = f"weights of {part.which}" if published else f"{part.which} weights of step {part.step:,}"
         alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
         print(f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels{alone}")
