@@ -122,8 +122,8 @@ def _square(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=9)
     upright = max(map(len, columns)) <= 3
-    axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 90)
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 90, parse_math=False)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
     axes.set_xlabel("Predicted class", fontsize=12)
     axes.set_ylabel("True class", fontsize=12)
     axes.tick_params(length=0, labelsize=10)
@@ -162,7 +162,7 @@ def _bars(axes: "Axes", labels: Sequence[str], values: Sequence[float], color: s
 
     bars = axes.barh(range(len(values)), values, color=color, height=0.7)
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9)
-    axes.set_yticks(range(len(values)), labels, fontsize=9)
+    axes.set_yticks(range(len(values)), labels, fontsize=9, parse_math=False)  # a folder's name may hold $
     axes.set_ylim(max(len(values), 1) - 0.4, -0.6)  # the worst on top
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.12)

@@ -133,7 +133,7 @@ def test_the_reliability_diagram() -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 25, 26, 1000])
 def test_pictures_of_any_number_of_classes(tmp_path: Path, classes: int) -> None:
-    names = [f"a rather long name of class {i}" for i in range(classes)]
+    names = [f"$\\no$ {i}, and what is a rather long name" for i in range(classes)]  # no formula
     file = tmp_path / "picture.png"
     for counts in (matrix(classes), np.zeros((classes, classes + 1), np.int64)):
         confusion_picture(counts, names).savefig(file, dpi=50)
