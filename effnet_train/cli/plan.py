@@ -81,7 +81,9 @@ def _counts(cfg: DictConfig) -> tuple[int, int, str]:
     """Return training images, classes, and where the numbers are from."""
     expected = cfg.get("expected")
     root = Path(cfg.root)
-    if root.is_dir() and not (expected and "dataset" in cfg):  # torchvision would download what is absent
+    if (root.is_dir() or "://" in cfg.root) and not (
+        expected and "dataset" in cfg
+    ):  # torchvision would download what is absent
         data = build.build_data(cfg, Session())
         return len(data.train), len(data.classes), f"counted in {root}"
     if expected and "train" in expected:

@@ -19,6 +19,7 @@ from effnet_train.engine.checkpoint import write_atomically
 FREE = (
     "accumulate",
     "checkpoint",
+    "data.cache",
     "data.on_error",
     "data.root",
     "device",

@@ -83,7 +83,7 @@ def image_folders(
     if not Path(root).is_dir():
         raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds {train}/ and {val}/")
     sources = [FolderSource(Path(root) / split) for split in (train, val)]
-    _check_counts(root, sources, expected)
+    check_counts(root, sources, expected)
     return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
 
 
@@ -99,7 +99,7 @@ def eval_folder(
         raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds <class>/<image>")
     val = FolderSource(root)
     none = Subset(val, np.arange(0))
-    _check_counts(root, [none, val], expected)
+    check_counts(root, [none, val], expected)
     _check_on_error(on_error)
     return Data(none, val, None, preprocess, on_error)
 
@@ -130,7 +130,7 @@ def torchvision_splits(
         return TorchvisionSource([_load(kind, root, dict(split)) for split in splits])
 
     sources = [load(train), load(val)]
-    _check_counts(root, sources, expected)
+    check_counts(root, sources, expected)
     return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
 
 
@@ -153,7 +153,8 @@ def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _check_counts(root: str, sources: Sequence[Source], expected: Mapping[str, int] | None) -> None:
+def check_counts(root: str, sources: Sequence[Source], expected: Mapping[str, int] | None) -> None:
+    """Check that a data set is complete. Raises ValueError telling which numbers differ from those `expected`."""
     if expected is None:
         return
     found = {"classes": len(sources[0].classes), "train": len(sources[0]), "val": len(sources[1])}
