@@ -113,6 +113,10 @@ def user_message(error: BaseException, config: str) -> str | None:
             f"out of memory ({str(error).splitlines()[0]}). Raise accumulate= (same recipe, smaller pieces), set "
             "model.checkpointing=true or precision=bf16, or lower batch_size= (the learning rate follows it)"
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return (
+            f"a data worker has died ({str(error).splitlines()[0]}): for want of memory, lower workers= or batch_size="
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}: make room there; what was saved is intact, and the same command goes on from it"
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):

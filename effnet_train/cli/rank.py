@@ -16,7 +16,7 @@ from torch import nn
 from effnet_train.cli import build, run_folder
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
-from effnet_train.data.loader import Batch, eval_batches, train_batches
+from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
@@ -35,6 +35,8 @@ from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
 from effnet_train.optim.ema import EMA
+
+BAD_IMAGES = "bad_images.txt"
 
 
 def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Callable[[], None]]:
@@ -72,7 +74,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)
     loggers = _open_loggers(config, plan, folder, state) if session.is_main else []
-    score = partial(_evaluate, cfg, data, precision, session)
+    score = partial(_evaluate, cfg, data, precision, folder, session)
     run = Run(
         state=state,
         plan=plan,
@@ -87,7 +89,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
             mixing=mixing,
             session=session,
         ),
-        batches=partial(_batches, cfg, data, augment, plan, session),
+        batches=partial(_batches, cfg, data, augment, plan, folder, session),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
         meta=build.metadata(cfg, data, precision),
@@ -163,7 +165,7 @@ def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, state: Train
 
 
 def _batches(
-    cfg: DictConfig, data: Data, augment: Augment, plan: Plan, session: Session, start: int
+    cfg: DictConfig, data: Data, augment: Augment, plan: Plan, folder: Path, session: Session, start: int
 ) -> Iterator[tuple[Batch, ...]]:
     order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
     cuda = session.device.type == "cuda"
@@ -171,13 +173,15 @@ def _batches(
     micro_batches = train_batches(
         data, augment, order, start=start, stop=plan.total_steps, accumulate=cfg.accumulate, workers=workers, pin=cuda
     )
-    return zip(*[micro_batches] * cfg.accumulate, strict=True)
+    listed = listing(micro_batches, folder / BAD_IMAGES)
+    return zip(*[listed] * cfg.accumulate, strict=True)
 
 
 def _evaluate(
     cfg: DictConfig,
     data: Data,
     precision: str,
+    folder: Path,
     session: Session,
     source: Source,
     models: dict[str, nn.Module],
@@ -194,7 +198,7 @@ def _evaluate(
     )
     return evaluate(
         models,
-        batches,
+        listing(batches, folder / BAD_IMAGES),
         num_images=len(source),
         preprocess=data.preprocess,
         precision=precision,

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,6 +200,20 @@ def eval_batches(
     batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
     for batch in _loader(_Images(source, data.preprocess, None, crops), batches, workers, pin):
         _raise_errors(batch, data.on_error)
+        yield batch
+
+
+def listing(batches: Iterable[Batch], file: Path) -> Iterator[Batch]:
+    """Yield `batches`, adding to `file` a line for each image skipped: its name and what is wrong; each once."""
+    known = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
+    for batch in batches:
+        new = dict.fromkeys(" ".join(text.splitlines()) for text in batch.errors)
+        lines = [text for text in new if text not in known]
+        if lines:
+            known.update(lines)
+            # Of one write, so that the lines of several ranks do not mix.
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write("".join(f"{line}\n" for line in lines))
         yield batch
 
 

@@ -12,7 +12,7 @@ from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment
 from effnet_train.data.datasets import Data, image_folders
 from effnet_train.data.decode import decode
-from effnet_train.data.loader import DataError, eval_batches, train_batches
+from effnet_train.data.loader import DataError, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
 
@@ -292,3 +292,15 @@ def test_a_reader_that_stops_early_leaves_no_workers(image_root):
     batches.close()
     del batches
     assert multiprocessing.active_children() == []
+
+
+def test_skipped_images_are_listed_once(tmp_path):
+    """Over epochs, evaluations, and starts of a run."""
+    data, file = numbers(6, broken=(2, 3), on_error="skip"), tmp_path / "bad_images.txt"
+    for _ in range(2):
+        batches = list(listing(eval_batches(data.val, data, batch_size=4), file))
+        assert [seen(batch) for batch in batches] == [[0, 1], [4, 5]]
+    assert [line.partition(":")[0] for line in file.read_text().splitlines()] == ["numbers[2]", "numbers[3]"]
+    whole = numbers(6)
+    list(listing(eval_batches(whole.val, whole, batch_size=4), tmp_path / "none.txt"))
+    assert not (tmp_path / "none.txt").exists()

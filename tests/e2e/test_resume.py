@@ -315,3 +315,30 @@ def test_data_workers_leave_with_a_trainer_that_was_killed(tmp_path: Path) -> No
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert alive(process.pid) == []
+
+
+def workers_of(session_id: int) -> list[int]:
+    """Return the data workers of a session: children of the fork server."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == session_id:
+                command = (folder / "cmdline").read_text()
+                parents[int(folder.name)] = (int((folder / "stat").read_text().rpartition(")")[2].split()[1]), command)
+        except (ProcessLookupError, FileNotFoundError):
+            pass
+    servers = [pid for pid, (_, command) in parents.items() if "forkserver" in command]
+    return [pid for pid, (parent, _) in parents.items() if parent in servers]
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_word(tmp_path: Path) -> None:
+    process = start(tmp_path, "name=run", "loggers=none", "workers=2", "save_every.steps=2")
+    wait_for((tmp_path / "run" / "step_000000002.pt").exists, process)
+    found = workers_of(process.pid)
+    assert len(found) == 2
+    os.kill(found[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a data worker has died (DataLoader worker" in errors
+    assert "lower workers= or batch_size=" in errors
