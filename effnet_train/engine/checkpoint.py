@@ -274,7 +274,7 @@ def load_weights(
         )
     except CheckpointError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter where metadata name arguments that a network has not
         raise CheckpointError(f"checkpoint {name or file}: {error}") from error
     return Weights(tensors, {**meta, "preprocess": Preprocess(**meta["preprocess"]).to_dict()})
 
@@ -291,12 +291,26 @@ def _read(file: Path, which: str) -> tuple[Mapping[str, Tensor], dict[str, Any] 
         payload = _load_payload(file)
     if _is_ours(payload):
         payload = _whole(payload, file)
-        return payload["ema" if which == "ema" else "model"], {**payload["meta"], "step": payload["step"]}
+        return payload["ema" if which == "ema" else "model"], {**_described(payload["meta"]), "step": payload["step"]}
     tensors, beside = formats.state_dict_of(payload, which), pretrained.described_beside(file, "preprocess")
-    meta: dict[str, Any] | None = json.loads(header) if header else beside[1] if beside else None
-    if meta is not None and "names" in meta:  # an export, under those of the library that can read it as well
-        tensors = formats.to_ours(tensors, meta.pop("names"), formats.skeleton(meta["model"], len(meta["classes"])))
+    if not header and beside is None:
+        return tensors, None
+    meta = _described(json.loads(header) if header else beside[1])  # type: ignore[index]
+    names = meta.pop("names", None)
+    if names is not None:  # an export, under those of the library that can read it as well
+        if names not in formats.FORMATS:
+            raise ValueError(f"its metadata say that its tensors have the names of {names!r}, which is not known")
+        tensors = formats.to_ours(tensors, names, formats.skeleton(meta["model"], len(meta["classes"])))
     return tensors, meta
+
+
+def _described(meta: Any) -> dict[str, Any]:
+    """Return what a file says of itself, having seen that it says enough. Raises ValueError."""
+    kinds = {"model": dict, "preprocess": dict, "classes": list}
+    lacking = [key for key, kind in kinds.items() if not isinstance(meta, dict) or not isinstance(meta.get(key), kind)]
+    if lacking:
+        raise ValueError(f"its metadata say nothing of its {', '.join(lacking)}")
+    return dict(meta)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from effnet_train.engine.checkpoint import (
     CheckpointError,
@@ -163,3 +164,23 @@ def test_raw_and_averaged_weights_and_the_export_agree(tmp_path: Path) -> None:
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in ema.tensors.items())
     with pytest.raises(ValueError, match="weights=best is not known: use ema or raw"):
         load_weights(tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ("{}", "its metadata say nothing of its model, preprocess, classes"),
+        ("[]", "its metadata say nothing of its model"),
+        ("nonsense", "Expecting value"),
+        ('{"model": {}, "preprocess": {}, "classes": ["a"], "names": "keras"}', "the names of 'keras', which is not"),
+        ('{"model": {"_x": 1}, "preprocess": {}, "classes": ["a"], "names": "timm"}', "unexpected keyword argument"),
+    ],
+)
+def test_metadata_that_say_too_little_or_nonsense(tmp_path: Path, meta: str, message: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"conv_stem.weight": torch.zeros(2)}, path, {"effnet_train": meta})
+    with pytest.raises(CheckpointError, match=f"checkpoint {path}: .*{message}"):
+        load_weights(path)
+    torch.save({"effnet_train": 1, "step": 1, "model": {}, "ema": {}, "meta": {}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="say nothing of its model"):
+        load_weights(tmp_path / "x.pt")
