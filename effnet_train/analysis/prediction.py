@@ -15,6 +15,8 @@ from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.data.sources import Files
 from effnet_train.engine.evaluate import autocast
 
+_STEM_LETTERS = 60  # of an image's name in its map's: 240 bytes at most, where file systems allow 255
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
@@ -22,6 +24,7 @@ class Predictor:
 
     `classes` are its own names of the classes, `words` those that people use. With `maps`, a folder, a picture of each
     image under its activation map goes there: of the class `mapped`, or of the likeliest where that is None.
+    Raises ValueError where the features have a single pixel, of which there is no map.
     """
 
     model: Any  # a network in evaluation mode, of `features` and a `classifier` of their means
@@ -76,13 +79,19 @@ class Predictor:
 
     def _draw(self, batch: Batch, files: Files, features: Tensor, mapped: Tensor, probabilities: Tensor) -> None:
         assert self.maps is not None
+        if features.shape[-2:] == (1, 1):
+            raise ValueError(
+                f"cam={self.maps}: at {self.preprocess.resolution} pixels the last features are a single one, which "
+                "tells no place from another. Leave cam out, or train at 64 pixels or more; a larger resolution= draws "
+                "maps, but of a network that was not trained for it"
+            )
         heat = activation_map(features, self.model.classifier.weight.float(), mapped).cpu().numpy()
         shares = probabilities.gather(1, mapped[:, None])[:, 0].tolist()
         for place, index, share, pixels, one in zip(
             batch.keys.tolist(), mapped.tolist(), shares, batch.images.numpy(), heat, strict=True
         ):
-            # Files of several folders may have the same name.
-            target = self.maps / f"{place:05d}-{Path(files.name(place)).stem}.png"
+            # Files of several folders may have the same name; and a name may be as long as the disk allows.
+            target = self.maps / f"{place:05d}-{Path(files.name(place)).stem[:_STEM_LETTERS]}.png"
             picture(pixels, one, f"{self.words[index]}, {share:.1%}").save(target)
 
 

@@ -30,6 +30,8 @@ _PACKAGE = Path(__file__).parent.parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 USER_ERROR_EXIT_CODE = 2
+# What else a word with a = may be, by command.
+_NO_KEY = {"predict": " (an image whose name holds a = comes after --)"}
 
 
 def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -139,7 +141,8 @@ def _no_override(error: OverrideParseException, config: str) -> str:
     word = error.override
     key, equals, value = word.partition("=")
     if equals:
-        return f"{word} cannot be read as key=value: put two pairs of quotes around the value, {key}=\"'{value}'\""
+        quotes = f"put two pairs of quotes around the value, {key}=\"'{value}'\""
+        return f"{word} cannot be read as key=value: {quotes}{_NO_KEY.get(config, '')}"
     hint = f": did you mean checkpoint={word}?" if config != "train" else ": give key=value or group=option, see --help"
     return f"{word} is not of the form key=value{hint}"
 
@@ -165,7 +168,7 @@ def _closest_key(text: str, config: str) -> str:
         leaf = key.rpartition(".")[2]
         close = [name for name in names if name.rpartition(".")[2].startswith(leaf)][:3]
     hint = f"did you mean {' or '.join(close)}?" if close else "--cfg job prints all keys"
-    return f"{key} is not a key of the configuration: {hint}"
+    return f"{key} is not a key of the configuration: {hint}{_NO_KEY.get(config, '')}"
 
 
 def _known_keys(config: str) -> list[str]:

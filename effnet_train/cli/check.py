@@ -50,7 +50,7 @@ EVAL: Mapping[str, Any] = {
 }
 PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "precision", "device"), str),
-    **dict.fromkeys(("source", "cam"), str | None),
+    **dict.fromkeys(("source", "cam", "output"), str | None),
     "cam_class": str | int | None,
     "resolution": int | None,
     "format": Literal["table", "jsonl"],

@@ -1,19 +1,24 @@
 """`effnet-predict`: the likeliest classes of images: files, folders, or standard input."""
 
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command
 
 # Hydra's options whose value is a word of its own.
-_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--info", "-i", "--experimental-rerun"),
+)
 _UNREADABLE_EXIT_CODE = 1
 _STDIN = "-"
 
@@ -33,11 +38,19 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def main() -> None:
     """Take the inputs out of the command line, which Hydra would refuse, and predict."""
     sys.argv[1:], inputs = split_words(sys.argv[1:])
-    command("predict", partial(task, inputs))()
+    unreadable: list[int] = []
+
+    @cache  # a sweep's runs all want it, and it can be read once
+    def stdin() -> bytes:
+        return sys.stdin.buffer.read()
+
+    command("predict", lambda cfg: unreadable.append(task(cfg, inputs, stdin)))()
+    if any(unreadable):  # only now: to leave from within would end a sweep
+        raise SystemExit(_UNREADABLE_EXIT_CODE)
 
 
-def task(inputs: Sequence[str], cfg: DictConfig) -> None:
-    """Print each image's likeliest classes; raise SystemExit(1) at the end where one could not be read."""
+def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> int:
+    """Write each image's likeliest classes; return the number of images that could not be read."""
     from effnet_train import distributed
     from effnet_train.analysis.details import readable_names
     from effnet_train.analysis.prediction import Predictor, class_number
@@ -49,10 +62,9 @@ def task(inputs: Sequence[str], cfg: DictConfig) -> None:
     check.check_config(config, check.PREDICT)
     if not inputs:
         raise ValueError(f"no image is given: effnet-predict IMAGE... checkpoint={config['checkpoint']} (- for stdin)")
-    files = find_files(inputs, stdin=sys.stdin.buffer.read() if _STDIN in inputs else None)
-    maps = Path(config["cam"]) if config["cam"] else None
-    if maps is not None:
-        maps.mkdir(parents=True, exist_ok=True)
+    files = find_files(inputs, stdin=stdin() if _STDIN in inputs else None)
+    _check_output(config["output"], [*inputs, config["checkpoint"]])
+    maps = _folder_of_maps(config["cam"])
     with distributed.open_session(distributed.resolve_device(config["device"])) as session:
         model, meta = build.load_model(config["checkpoint"], session, which=config["weights"], source=config["source"])
         preprocess, words = Preprocess(**meta["preprocess"]), readable_names(meta["classes"])
@@ -68,16 +80,57 @@ def task(inputs: Sequence[str], cfg: DictConfig) -> None:
         )
         size = config["batch_size"]
         workers = min(build.resolve_workers(config["workers"], session.device), len(files) // size)  # none for a few
+        word = partial(json.dumps, ensure_ascii=False) if config["format"] == "jsonl" else _table
         unreadable = 0
-        for row in predictor(files, batch_size=size, workers=workers, device=session.device):
-            unreadable += "error" in row
-            try:
-                print(json.dumps(row, ensure_ascii=False) if config["format"] == "jsonl" else _table(row), flush=True)
-            except BrokenPipeError:  # whoever read the results has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return
-    if unreadable:
-        raise SystemExit(_UNREADABLE_EXIT_CODE)
+        with _opened(config["output"], config["format"]) as output:
+            for row in predictor(files, batch_size=size, workers=workers, device=session.device):
+                unreadable += "error" in row
+                try:
+                    print(word(row), file=output, flush=True)
+                except BrokenPipeError:  # whoever read the results has seen enough
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+                    break
+    return unreadable
+
+
+def _folder_of_maps(cam: str | None) -> Path | None:
+    if not cam:
+        return None
+    if os.path.exists(cam) and not os.path.isdir(cam):
+        raise ValueError(f"cam={cam} is a file: give a folder for the maps")
+    os.makedirs(cam, exist_ok=True)
+    return Path(cam)
+
+
+def _check_output(output: str | None, read: Sequence[str]) -> None:
+    """Check that the results can go to `output`, and not over an image or what else is read. Raises ValueError."""
+    from effnet_train.data.sources import IMAGE_SUFFIXES
+
+    if not output:
+        return
+    if not Path(output).absolute().parent.is_dir():
+        raise ValueError(f"output={output}: its folder does not exist, make it first")
+    if os.path.isdir(output):
+        raise ValueError(f"output={output} is a folder: give a file for the results")
+    given = os.path.exists(output) and any(os.path.exists(name) and os.path.samefile(name, output) for name in read)
+    if given or output.lower().endswith(IMAGE_SUFFIXES):
+        raise ValueError(f"output={output} would be written over an image or the checkpoint: choose another name")
+
+
+@contextmanager
+def _opened(output: str | None, form: str) -> Iterator[TextIO]:
+    """Open the file for the results, or take standard output, in UTF-8 with file names that are not.
+
+    These stand in a table as their own bytes, as in `ls`, and in JSON as the escapes that Python's json reads back.
+    """
+    errors = "backslashreplace" if form == "jsonl" else "surrogateescape"
+    if output:
+        with open(output, "w", encoding="utf-8", errors=errors) as file:
+            yield file
+    else:
+        assert isinstance(sys.stdout, io.TextIOWrapper)
+        sys.stdout.reconfigure(encoding="utf-8", errors=errors)
+        yield sys.stdout
 
 
 def _table(row: Mapping[str, Any]) -> str:

@@ -162,7 +162,9 @@ def find_files(inputs: Sequence[str], stdin: bytes | None = None) -> Files:
 
 def _is_image(data: bytes) -> bool:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images: decoding will tell
+            Image.open(io.BytesIO(data)).close()
             return True
     except (OSError, Image.DecompressionBombError):
         return b"\0" in data  # no list of paths either: it will be reported as an image that cannot be read

