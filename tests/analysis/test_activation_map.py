@@ -53,6 +53,15 @@ def test_a_map_without_differences_is_no_error() -> None:
     assert np.array_equal(overlay(image, np.full((1, 1), 3.0)), overlay(image, np.zeros((2, 2))))
 
 
+def test_an_image_need_not_be_square() -> None:
+    """A map of one row over a wide image: cold on the left, hot on the right, the same from top to bottom."""
+    drawn = overlay(np.zeros((20, 80, 3), np.uint8), np.array([[0.0, 1.0]])).astype(int)
+    assert drawn.shape == (20, 80, 3)
+    assert (drawn == drawn[:1]).all()
+    assert drawn[0, 0, 2] > drawn[0, 0, 0]
+    assert drawn[0, -1, 0] > drawn[0, -1, 2]
+
+
 def test_a_picture_shows_image_and_map_side_by_side() -> None:
     pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
     drawn = np.asarray(picture(pixels, np.arange(4.0).reshape(2, 2), "seven, 98.1%"))

@@ -26,6 +26,8 @@ def everything(folder: Path) -> set[str]:
     [
         ("train", ["--help"], ["model: b0, b1, b2", "width: 1.0", 'eval "$(effnet-train -sc install=bash)"']),
         ("eval", ["--cfg", "job"], ["checkpoint: ???", "weights: ema"]),
+        ("predict", ["cat.jpg", "--help"], ["effnet-predict [IMAGE | FOLDER | -]...", "format: table"]),
+        ("predict", ["--cfg", "job", "--", "a=b.jpg"], ["checkpoint: ???", "top: 5"]),
     ],
 )
 def test_help_and_configuration_come_without_torch(name: str, arguments: list[str], expected: list[str]) -> None:
