@@ -190,8 +190,10 @@ def _data_config(config: Config, part: Part) -> dict[str, Any]:
             )
         given = {key: value for key, value in chosen.items() if value is not None}
         chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
-    elif not Path(chosen["root"]).is_dir() and all(chosen.get(k) == own.get(k) for k in ("_target_", "dataset")):
-        chosen = {**chosen, "root": own["root"]}  # the same data set, where the checkpoint's run had it
+    elif not (Path(chosen["root"]).is_dir() or ":" in chosen["root"]) and all(
+        chosen.get(k) == own.get(k) for k in ("_target_", "dataset")
+    ):
+        chosen = {**chosen, "root": own["root"]}  # the same data set, where the run had it; no URL is missing
     target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
     return {**chosen, "preprocess": {**target, **part.preprocess.to_dict()}}
 

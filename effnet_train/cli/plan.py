@@ -81,13 +81,17 @@ def _counts(cfg: DictConfig) -> tuple[int, int, str]:
     """Return training images, classes, and where the numbers are from."""
     expected = cfg.get("expected")
     root = Path(cfg.root)
-    if (root.is_dir() or "://" in cfg.root) and not (
-        expected and "dataset" in cfg
-    ):  # torchvision would download what is absent
-        data = build.build_data(cfg, Session())
+    downloads = expected and "dataset" in cfg  # torchvision would fetch what is absent
+    if (root.is_dir() or "://" in cfg.root) and not downloads:
+        reading = cfg.copy()  # which still knows its place in the configuration
+        if "copy" in reading:
+            reading["copy"] = False  # a plan writes nothing
+        data = build.build_data(reading, Session())
         return len(data.train), len(data.classes), f"counted in {root}"
     if expected and "train" in expected:
         return expected.train - cfg.minival, expected.classes, f"of a complete copy; {root} was not read"
+    if cfg.root.startswith("hub:"):
+        raise FileNotFoundError(f"data.root={root}: a plan fetches nothing, set data.expected={{classes: , train: }}")
     raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder with train/<class>/ and val/<class>/")
 
 

@@ -20,6 +20,7 @@ FREE = (
     "accumulate",
     "checkpoint",
     "data.cache",
+    "data.copy",
     "data.on_error",
     "data.root",
     "device",

@@ -234,7 +234,7 @@ def shards(
     """
     folder = Path(cache) if cache else default_cache()
     sources = [_shards(root, pattern, folder) for pattern in (train, val)]
-    names = _class_names(root, max(len(source.classes) for source in sources))
+    names = class_names(root, max(len(source.classes) for source in sources))
     for source in sources:
         source.classes = names
     check_counts(root, sources, expected)
@@ -324,7 +324,8 @@ def _label(data: bytes, suffix: str, name: str) -> int:
     return value
 
 
-def _class_names(root: str, count: int) -> tuple[str, ...]:
+def class_names(root: str, count: int) -> tuple[str, ...]:
+    """Return the names in `root`'s classes.txt, or numbers below `count` without one. Raises ValueError for too few."""
     path = f"{root.rstrip('/')}/classes.txt"
     try:
         with _opened(path) as file:
