@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 
 from effnet_train.cli import build
 from effnet_train.cli.predict import split_words
-from effnet_train.data.decode import decode
+from effnet_train.data.backends import open_picture
 from effnet_train.data.preprocess import Preprocess, eval_image, normalize
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_weights
@@ -37,7 +37,7 @@ def expected(run: Path, file: Path) -> np.ndarray:
     """Return the probabilities of an image, by hand."""
     model, meta = build.load_model(str(run), Session())
     preprocess = Preprocess(**meta["preprocess"])
-    pixels = torch.from_numpy(eval_image(decode(file.read_bytes()), preprocess))[None]
+    pixels = torch.from_numpy(eval_image(open_picture(file.read_bytes(), "simplejpeg"), preprocess))[None]
     with torch.no_grad():
         return model(normalize(pixels, preprocess.mean, preprocess.std)).softmax(1)[0].numpy()
 
