@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 
 from effnet_train.cli import build
 from effnet_train.cli.predict import split_words
-from effnet_train.data.backends import open_picture
+from effnet_train.data.backends import BACKENDS, open_picture
 from effnet_train.data.preprocess import Preprocess, eval_image, normalize
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_weights
@@ -256,7 +256,9 @@ def test_published_weights_say_of_photographs_what_timm_says(
     assert len(rows(done)) == 6
     preprocess = Preprocess(resolution=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     for row in rows(done):
-        pixels = torch.from_numpy(eval_image(decode(Path(row["file"]).read_bytes()), preprocess))[None]
+        pixels = torch.from_numpy(eval_image(open_picture(Path(row["file"]).read_bytes(), BACKENDS[0]), preprocess))[
+            None
+        ]
         with torch.no_grad():
             shares, indices = network(normalize(pixels, preprocess.mean, preprocess.std)).softmax(1)[0].topk(5)
         assert [entry["class"] for entry in row["top"]] == [synsets.index_to_label_name(int(i)) for i in indices]
