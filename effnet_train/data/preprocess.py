@@ -1,5 +1,6 @@
 """The evaluation crop, and from pixels to the model's input: what a checkpoint must carry to be used."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from effnet_train.data.backends import FILTERS, Box, Picture, as_picture
+from effnet_train.data.decode import DecodeError
 
+_LONGEST = 100  # times the shorter side: what is scaled as a whole must not be made to fill the memory
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -42,6 +45,8 @@ class Preprocess:
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3:
                 raise ValueError(f"preprocess.{name}={list(values)} must have three values: red, green, blue")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"preprocess.{name}={list(values)} must be finite numbers")
             # Lists, as they come out of JSON and YAML, would be unequal to the same preprocessing made in Python.
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
@@ -90,6 +95,8 @@ def eval_image(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarr
 
 
 def _scaled(image: Picture | Image.Image, shorter: int, preprocess: Preprocess) -> np.ndarray:
+    if max(image.size) > _LONGEST * min(image.size):
+        raise DecodeError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be scaled by their shorter side")
     width, height = (shorter * side // min(image.size) for side in image.size)
     return as_picture(image).resized((0, 0, *image.size), (width, height), preprocess.interpolation)
 

@@ -272,3 +272,18 @@ def test_help_names_the_inputs(cli: Cli) -> None:
     done = cli("predict", "--help")
     assert "effnet-predict [IMAGE | FOLDER | -]... checkpoint=...: the likeliest classes of images." in done.out
     assert io.StringIO(done.out).readline()
+
+
+def test_one_stale_name_of_a_list_costs_no_other(trained: Path, photos: Path) -> None:
+    listed = run(["-", f"checkpoint={trained}", *ONE], b"gone.png\ne.png\n", photos)
+    assert listed.returncode == 1
+    gone, found = map(json.loads, listed.stdout.splitlines())
+    assert gone["file"] == "gone.png"
+    assert "No such file" in gone["error"]
+    assert found["top"]
+
+
+def test_a_class_to_map_without_maps_is_a_slip(cli: Cli, trained: Path, photos: Path) -> None:
+    done = cli("predict", str(photos), f"checkpoint={trained}", "cam_class=3")
+    assert done.status == 2
+    assert "cam_class=3 has no effect without cam=FOLDER" in done.err
