@@ -35,7 +35,7 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def build_data(cfg: DictConfig, session: Session) -> Data:
+def build_data(cfg: DictConfig | Mapping[str, Any], session: Session) -> Data:
     """Build the data set; rank 0 first, which may download or write it."""
     with session.main_first():
         return instantiate(cfg, _convert_="all")

@@ -62,6 +62,13 @@ EXPORT: Mapping[str, Any] = {
     "fold": bool,
     **dict.fromkeys(("source", "output", "push_to_hub"), str | None),
 }
+DATA_VERIFY: Mapping[str, Any] = {
+    "data": Mapping,
+    "report": str | None,
+    "min_side": int,
+    "ignore": list[str],
+    "workers": int | Literal["auto"],
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -70,7 +77,18 @@ _GIVEN: Mapping[str, str] = {
 }
 _LEAST: Mapping[str, int] = {
     **dict.fromkeys(
-        ("batch_size", "accumulate", "eval_batch_size", "max_steps", "ranks", "threads", "resolution", "top"), 1
+        (
+            "batch_size",
+            "accumulate",
+            "eval_batch_size",
+            "max_steps",
+            "ranks",
+            "threads",
+            "resolution",
+            "top",
+            "min_side",
+        ),
+        1,
     ),
     **dict.fromkeys(("seed", "sync_bn", "workers"), 0),
 }

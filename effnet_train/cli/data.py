@@ -1,0 +1,102 @@
+"""`effnet-data JOB ...`: look after data sets. The first word says what to do, all that follows is Hydra's."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+
+_PROBLEMS_EXIT_CODE = 1
+
+
+def main() -> None:
+    """Run the job that the first word names."""
+    words = sys.argv[1:]
+    if words and words[0] in JOBS:
+        del sys.argv[1]
+        command(f"data_{words[0]}", JOBS[words[0]])()
+    elif not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    else:
+        print(f"effnet-data: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+
+
+def _usage() -> str:
+    lines = [f"  effnet-data {name:8} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
+    return "\n".join(
+        ["effnet-data JOB [key=value ...]: look after data sets.", "", *lines, "", "JOB --help tells more."]
+    )
+
+
+def verify(cfg: DictConfig) -> None:
+    """Read every image and say what is wrong.
+
+    Raises SystemExit(1) where there are problems.
+    """
+    from effnet_train.cli import check
+    from effnet_train.data.verify import KINDS, NOTES, report_lines
+    from effnet_train.data.verify import verify as read_all
+
+    config = _plain(cfg, resolution=1)
+    check.check_config(config, check.DATA_VERIFY)
+    wrong = [kind for kind in config["ignore"] if kind not in KINDS or kind in NOTES]
+    if wrong:
+        problems = [kind for kind in KINDS if kind not in NOTES]
+        raise ValueError(f"ignore={wrong[0]} is no kind of problem: choose among {', '.join(problems)}")
+    if config["report"]:
+        _check_folder_of("report", Path(config["report"]))
+    expected = config["data"].get("expected")
+    splits = _splits(config["data"])
+    report = read_all(
+        splits, expected=expected, min_side=config["min_side"], workers=_workers(config["workers"], splits)
+    )
+    for kind in config["ignore"]:
+        report["notes"] |= {kind: report["problems"].pop(kind)} if kind in report["problems"] else {}
+    if config["report"]:
+        Path(config["report"]).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n".join(report_lines(report)))
+    if report["problems"]:
+        raise SystemExit(_PROBLEMS_EXIT_CODE)
+
+
+def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:
+    """Return the plain configuration; the data set's preprocessing is for images of `resolution` pixels."""
+    given: Any = OmegaConf.merge({"model": {"resolution": resolution}}, cfg)
+    config: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+    return {key: value for key, value in config.items() if key != "model"}
+
+
+def _splits(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the data set's train and val, whole and however many images they hold."""
+    from effnet_train.cli import build
+    from effnet_train.distributed import Session
+
+    whole = {"expected": None, "minival": 0}
+    built = build.build_data({**data, **{key: value for key, value in whole.items() if key in data}}, Session())
+    return {name: source for name, source in (("train", built.train), ("val", built.val)) if len(source)}
+
+
+def _workers(workers: int | str, splits: Mapping[str, Any]) -> int:
+    """Return how many processes read: the CPUs, but none for a few images."""
+    if workers != "auto":
+        return int(workers)
+    few = sum(map(len, splits.values())) < 200
+    return 0 if few else len(os.sched_getaffinity(0))
+
+
+def _check_folder_of(key: str, path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
+
+
+JOBS: Mapping[str, Callable[[DictConfig], None]] = {"verify": verify}
+
+if __name__ == "__main__":
+    main()
