@@ -69,6 +69,13 @@ DATA_VERIFY: Mapping[str, Any] = {
     "ignore": list[str],
     "workers": int | Literal["auto"],
 }
+DATA_WRITE: Mapping[str, Any] = {
+    "data": Mapping,
+    **dict.fromkeys(("to", "output", "subsampling"), str),
+    **dict.fromkeys(("images", "quality"), int),
+    **dict.fromkeys(("seed", "resize"), int | None),
+    "workers": int | Literal["auto"],
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -116,7 +123,7 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
     if config.get("name") == "":
         raise ValueError("name= is empty: the run needs a folder of its own in run_root")
-    if config.get("seed", 0) >= 2**63:
+    if (config.get("seed") or 0) >= 2**63:
         raise ValueError(f"seed={config['seed']} must be less than 2 ** 63")
     if config.get("clip_norm") is not None and config["clip_norm"] <= 0:
         raise ValueError(f"clip_norm={config['clip_norm']} must be more than 0, or null for no clipping")

@@ -41,6 +41,7 @@ def verify(cfg: DictConfig) -> None:
     Raises SystemExit(1) where there are problems.
     """
     from effnet_train.cli import check
+    from effnet_train.data.prepare import damaged
     from effnet_train.data.verify import KINDS, NOTES, report_lines
     from effnet_train.data.verify import verify as read_all
 
@@ -57,6 +58,8 @@ def verify(cfg: DictConfig) -> None:
     report = read_all(
         splits, expected=expected, min_side=config["min_side"], workers=_workers(config["workers"], splits)
     )
+    if damage := damaged(Path(str(config["data"].get("root", "")))):
+        report["problems"] = {"damaged": damage} | report["problems"]
     for kind in config["ignore"]:
         report["notes"] |= {kind: report["problems"].pop(kind)} if kind in report["problems"] else {}
     if config["report"]:
@@ -66,6 +69,39 @@ def verify(cfg: DictConfig) -> None:
         raise SystemExit(_PROBLEMS_EXIT_CODE)
 
 
+def prepare(cfg: DictConfig) -> None:
+    """Write ImageNet's official archives as shards or folders."""
+    _write(cfg)
+
+
+def convert(cfg: DictConfig) -> None:
+    """Write any data set as shards or folders."""
+    _write(cfg)
+
+
+def _write(cfg: DictConfig) -> None:
+    from effnet_train.cli import check
+    from effnet_train.data.prepare import Options, summary_lines, write
+
+    config = _plain(cfg, resolution=1)
+    check.check_config(config, check.DATA_WRITE)
+    options = Options(**{key: config[key] for key in ("to", "images", "seed", "resize", "quality", "subsampling")})
+    data, output = config["data"], Path(config["output"])
+    splits = _splits(data, expected=data.get("expected"))
+    # What does not make other images of them: where they lie, how their index is kept.
+    aside = ("root", "cache", "on_error", "preprocess", "minival", "expected")
+    manifest = write(
+        splits,
+        output,
+        options,
+        source={key: value for key, value in data.items() if key not in aside},
+        on_error=data.get("on_error", "raise"),
+        workers=_workers(config["workers"], splits),
+    )
+    print("\n".join(summary_lines(output, manifest)))
+    print(f"{output}: data={options.to} data.root={output}")
+
+
 def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:
     """Return the plain configuration; the data set's preprocessing is for images of `resolution` pixels."""
     given: Any = OmegaConf.merge({"model": {"resolution": resolution}}, cfg)
@@ -73,12 +109,12 @@ def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "model"}
 
 
-def _splits(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the data set's train and val, whole and however many images they hold."""
+def _splits(data: Mapping[str, Any], expected: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Build the data set's train and val, whole; where `expected` is None, however many images they hold."""
     from effnet_train.cli import build
     from effnet_train.distributed import Session
 
-    whole = {"expected": None, "minival": 0}
+    whole = {"expected": expected, "minival": 0}
     built = build.build_data({**data, **{key: value for key, value in whole.items() if key in data}}, Session())
     return {name: source for name, source in (("train", built.train), ("val", built.val)) if len(source)}
 
@@ -96,7 +132,7 @@ def _check_folder_of(key: str, path: Path) -> None:
         raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
 
 
-JOBS: Mapping[str, Callable[[DictConfig], None]] = {"verify": verify}
+JOBS: Mapping[str, Callable[[DictConfig], None]] = {"verify": verify, "prepare": prepare, "convert": convert}
 
 if __name__ == "__main__":
     main()

@@ -24,8 +24,9 @@ _FORMATS = {
     **dict.fromkeys((".ppm",), ("PPM",)),
     **{f".{name}": (name.upper(),) for name in ("png", "bmp", "webp")},
 }
-# What is found, in the order of the report. Of all but counts and empty the report names the images.
+# What is found, in the order of the report. Of all but the first three the report names the images.
 KINDS: Mapping[str, str] = {
+    "damaged": "shards that differ from their manifest",
     "counts": "other numbers than expected",
     "empty": "classes without images",
     "unreadable": "images that cannot be decoded, or end too soon",
@@ -42,7 +43,7 @@ NOTES = ("repeated", "disguised", "cmyk", "rotated")
 
 
 class Inspected(NamedTuple):
-    """What one image is; `error` says why it cannot be decoded, and then only length, in bytes, and digest are known."""
+    """What one image is; where `error` says why it cannot be decoded, only its length in bytes and digest are known."""
 
     label: int
     length: int

@@ -1,13 +1,17 @@
 """`effnet-data`: its jobs, their reports and exit codes."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 Cli = Callable[..., Any]
 
@@ -40,7 +44,7 @@ def test_verify_reads_all_of_train(cli: Cli, few_digits: Path) -> None:
         ("verify data=folder data.root=nowhere", "data.root=nowhere does not exist"),
         (
             "verify data=folder data.root=nowhere ignore=[cmyk]",
-            "ignore=cmyk is no kind of problem: choose among counts",
+            "ignore=cmyk is no kind of problem: choose among damaged, counts",
         ),
         ("verify data=folder reprot=x", "reprot is not a key of the configuration: did you mean report"),
         ("verify data=folder data.root=nowhere min_side=0", "min_side=0 must be at least 1"),
@@ -63,3 +67,120 @@ def test_help_names_the_jobs_and_needs_no_torch() -> None:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "effnet-data verify" in done.stdout
+
+
+SYNSETS = ("n01440764", "n02084071", "n03000000")
+# Their numbers in the devkit, which are not those of the sorted names.
+NUMBERS = {"n01440764": 2, "n02084071": 3, "n03000000": 1}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def official(imagenet_jpegs: dict[str, bytes], tmp_path: Path) -> Path:
+    """Return a folder with ImageNet's archives in small, `images/` beside it with the same images in folders."""
+    root, images = tmp_path / "official", iter(imagenet_jpegs.values())
+    root.mkdir()
+
+    def keep(path: str) -> bytes:
+        file, data = tmp_path / "images" / path, next(images)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        return data
+
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for synset in reversed(SYNSETS):
+            stream = io.BytesIO()
+            with tarfile.open(fileobj=stream, mode="w") as inner:
+                for name in (f"{synset}_{number}.JPEG" for number in (30, 4, 200)):
+                    add(inner, name, keep(f"train/{synset}/{name}"))
+            add(outer, f"{synset}.tar", stream.getvalue())
+    labels = [SYNSETS[i] for i in (2, 0, 0, 1)]
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in (2, 4, 1, 3):
+            name = f"ILSVRC2012_val_{number:08d}.JPEG"
+            add(tar, name, keep(f"val/{labels[number - 1]}/{name}"))
+    rows = [(NUMBERS[synset], synset, "words") for synset in SYNSETS] + [(4, "n00001740", "an inner node")]
+    table = np.array(rows, dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
+    stream = io.BytesIO()
+    savemat(stream, {"synsets": table[:, None]})
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", stream.getvalue())
+        text = "".join(f"{NUMBERS[synset]}\n" for synset in labels).encode()
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", text)
+    return root
+
+
+def images_below(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.JPEG")}
+
+
+def test_prepare_unpacks_the_official_archives(cli: Cli, official: Path, tmp_path: Path) -> None:
+    words = ("prepare", f"data.root={official}", "data.cache=cache", "data.expected=null")
+    done = cli("data", *words, "to=folder", "output=out")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[0].startswith("train: 9 images in out/train, ")
+    assert images_below(tmp_path / "out") == images_below(tmp_path / "images")
+    refused = cli("data", *words, "to=folder", "output=out", "resize=64")
+    assert refused.status == 2
+    assert "resize was None, now 64" in refused.err
+
+
+def test_prepared_shards_are_trained_on(cli: Cli, official: Path, tmp_path: Path, tiny: list[str]) -> None:
+    words = ("prepare", f"data.root={official}", "data.cache=cache", "data.expected=null", "output=out")
+    done = cli("data", *words, "images=4", "resize=48", "workers=2")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[-1] == "out: data=shards data.root=out"
+    assert (tmp_path / "out/classes.txt").read_text().split() == list(SYNSETS)
+    verified = cli("data", "verify", "data=shards", "data.root=out", "data.cache=cache")
+    assert verified.status == 0, verified.out
+    assert "train: 9 images" in verified.out
+    options = [text for text in tiny if not text.startswith("data.root")]
+    trained = cli("train", *options, "data=shards", "data.root=out", "data.cache=cache", "batch_size=4")
+    assert trained.status == 0, trained.err
+    (tmp_path / "out/train-000001.tar").write_bytes((tmp_path / "out/train-000000.tar").read_bytes())
+    damaged = cli("data", "verify", "data=shards", "data.root=out", "data.cache=cache")
+    assert damaged.status == 1
+    assert "out/train-000001.tar: not what was written" in damaged.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["shards", "folder"])
+def test_convert_killed_again_and_again_loses_nothing(
+    cli: Cli, tmp_path: Path, imagenet_jpegs: dict[str, bytes], to: str
+) -> None:
+    """SIGKILL to the real command, at ever other moments; what it wrote in the end is what an undisturbed one wrote."""
+    for place in range(1200):
+        folder = tmp_path / "images" / ("train" if place % 5 else "val") / "abc"[place % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place:04d}.jpg").write_bytes(list(imagenet_jpegs.values())[place % 40] + str(place).encode())
+    words = ["convert", "data=folder", "data.root=images", f"to={to}", "images=25", "resize=200"]
+    done, seen = None, set()
+    for attempt in range(60):
+        with subprocess.Popen(
+            [sys.executable, "-m", "effnet_train.cli.data", *words, "output=killed", "workers=2"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        ) as process:
+            try:
+                done = process.wait(timeout=3 + 0.37 * attempt)
+                assert done == 0, process.stderr and process.stderr.read()
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+        manifest = tmp_path / "killed/manifest.json"
+        seen.add(len(json.loads(manifest.read_text())["pieces"]) if manifest.exists() else 0)
+    assert done == 0
+    assert len(seen) > 1  # it was killed, and had got further
+    assert cli("data", *words, "output=whole", "workers=2").status == 0
+    files = [
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("killed", "whole")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert files[0] == files[1]

@@ -72,7 +72,7 @@ def test_what_is_wrong_is_found_and_named(photos):
         "cmyk": ["train/ant/06.JPEG"],
         "rotated": ["train/bee/07.JPEG"],
     }
-    assert report["problems"].keys() | report["notes"].keys() == KINDS.keys() - {"empty"}
+    assert report["problems"].keys() | report["notes"].keys() == KINDS.keys() - {"damaged", "empty"}
     assert set(report["notes"]) == set(NOTES)
     assert report["problems"]["counts"] == ["train: 21 expected, 20 found"]
     lines = report_lines(report, shown=3)
