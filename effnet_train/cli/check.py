@@ -69,6 +69,15 @@ DATA_VERIFY: Mapping[str, Any] = {
     "ignore": list[str],
     "workers": int | Literal["auto"],
 }
+DATA_STATS: Mapping[str, Any] = {
+    "data": Mapping,
+    "split": Literal["train", "val"],
+    "resolution": int,
+    "count": int | None,
+    **dict.fromkeys(("output", "picture"), str | None),
+    "workers": int | Literal["auto"],
+}
+DATA_SHOW: Mapping[str, Any] = {**TRAIN, **dict.fromkeys(("step", "count"), int), "output": str}
 DATA_WRITE: Mapping[str, Any] = {
     "data": Mapping,
     **dict.fromkeys(("to", "output", "subsampling"), str),
@@ -97,7 +106,8 @@ _LEAST: Mapping[str, int] = {
         ),
         1,
     ),
-    **dict.fromkeys(("seed", "sync_bn", "workers"), 0),
+    **dict.fromkeys(("min_side", "count"), 1),
+    **dict.fromkeys(("seed", "sync_bn", "workers", "step"), 0),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",

@@ -69,6 +69,74 @@ def verify(cfg: DictConfig) -> None:
         raise SystemExit(_PROBLEMS_EXIT_CODE)
 
 
+def stats(cfg: DictConfig) -> None:
+    """Measure sizes, shapes and colours of the images."""
+    from effnet_train.analysis.data_pictures import histograms
+    from effnet_train.cli import check
+    from effnet_train.data.preprocess import Preprocess
+    from effnet_train.data.statistics import measure, statistics_lines
+
+    config = _plain(cfg, resolution=cfg.resolution)
+    check.check_config(config, check.DATA_STATS)
+    for key in ("output", "picture"):
+        if config[key]:
+            _check_folder_of(key, Path(config[key]))
+    splits = _splits(config["data"])
+    if config["split"] not in splits:
+        raise ValueError(f"split={config['split']} has no images: choose {' or '.join(splits)}")
+    source = splits[config["split"]]
+    arguments = {key: value for key, value in config["data"]["preprocess"].items() if key != "_target_"}
+    workers = _workers(config["workers"], {"": source})
+    found, table = measure(source, Preprocess(**arguments), count=config["count"], workers=workers)
+    if config["output"]:
+        Path(config["output"]).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config["picture"]:
+        histograms(table, found, Path(config["picture"]))
+    print("\n".join(statistics_lines(found)))
+
+
+def show(cfg: DictConfig) -> None:
+    """Picture training samples as a run sees them."""
+    from effnet_train.analysis.data_pictures import contact_sheet
+    from effnet_train.analysis.details import readable_names
+    from effnet_train.cli import build, check
+    from effnet_train.distributed import Session
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.DATA_SHOW)
+    output = Path(config["output"])
+    _check_folder_of("output", output)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"output={output} must end in .png, .jpg or .webp")
+    data = build.build_data(config["data"], Session())
+    images, labels = _samples(config, data)
+    names = readable_names(data.classes)
+    size = data.preprocess.resolution
+    title = (
+        f"{len(data.train):,} training images of {len(data.classes):,} classes, at {size} x {size}: seed "
+        f"{config['seed']}, batches of {config['batch_size']:,} from step {config['step']:,} on"
+    )
+    contact_sheet(images, [names[label] for label in labels], title).save(output)
+    print(f"{output}: {len(images)} samples, {title}")
+
+
+def _samples(config: Mapping[str, Any], data: Any) -> tuple[list[Any], list[int]]:
+    """Return pixels and labels of the first samples that a run draws from a step on."""
+    from hydra.utils import instantiate
+
+    from effnet_train.data.loader import train_batches
+    from effnet_train.data.order import Order
+
+    augment = instantiate(config["augment"], _convert_="all")
+    count, size = config["count"], config["batch_size"]
+    steps = range(config["step"], config["step"] + -(-count // size))
+    order = Order(len(data.train), size, config["seed"])
+    # In as small pieces as the batch falls into: no more is decoded than is shown.
+    batches = train_batches(data, augment, order, start=steps.start, stop=steps.stop, accumulate=size)
+    found = [(batch.images[0].numpy(), int(batch.labels[0])) for _, batch in zip(range(count), batches, strict=False)]
+    return [pixels for pixels, _ in found], [label for _, label in found]
+
+
 def prepare(cfg: DictConfig) -> None:
     """Write ImageNet's official archives as shards or folders."""
     _write(cfg)
@@ -132,7 +200,13 @@ def _check_folder_of(key: str, path: Path) -> None:
         raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
 
 
-JOBS: Mapping[str, Callable[[DictConfig], None]] = {"verify": verify, "prepare": prepare, "convert": convert}
+JOBS: Mapping[str, Callable[[DictConfig], None]] = {
+    "verify": verify,
+    "stats": stats,
+    "show": show,
+    "prepare": prepare,
+    "convert": convert,
+}
 
 if __name__ == "__main__":
     main()

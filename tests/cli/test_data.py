@@ -9,9 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
+from hydra.utils import instantiate
+from PIL import Image
 from scipy.io import savemat
+
+from effnet_train.cli import build, check
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.data.loader import train_batches
+from effnet_train.data.order import Order
+from effnet_train.distributed import Session
 
 Cli = Callable[..., Any]
 
@@ -37,6 +46,36 @@ def test_verify_reads_all_of_train(cli: Cli, few_digits: Path) -> None:
     assert done.out.startswith("train: 80 images")
 
 
+def test_stats_tells_numbers_and_draws(cli: Cli, few_digits: Path, tmp_path: Path) -> None:
+    words = ("stats", "data=folder", f"data.root={few_digits}", "resolution=32", "preprocess@data.preprocess=small")
+    done = cli("data", *words, "output=stats.json", "picture=stats.svg", "workers=0")
+    assert done.status == 0, done.err
+    assert "images   80 of 80" in done.out
+    found = json.loads((tmp_path / "stats.json").read_text())
+    pixels = [
+        np.asarray(Image.open(file).resize((32, 32), Image.Resampling.BICUBIC)) for file in few_digits.glob("train/*/*")
+    ]
+    assert found["mean"] == pytest.approx([np.mean(pixels) / 255] * 3)
+    assert found["std"] == pytest.approx([np.std(pixels) / 255] * 3)
+    assert (tmp_path / "stats.svg").stat().st_size > 1000
+
+
+def test_show_pictures_what_a_run_sees(cli: Cli, compose: Callable[..., Any], few_digits: Path, tmp_path: Path) -> None:
+    """The first images of a step, as the training loop gets them in whole batches."""
+    words = ("recipe=demo", f"data.root={few_digits}", "data.expected=null", "seed=3")
+    done = cli("data", "show", *words, "step=2", "count=40", "output=sheet.png")
+    assert done.status == 0, done.err
+    config = compose("train", *words)
+    data = build.build_data(config["data"], Session())
+    batches = train_batches(data, instantiate(config["augment"]), Order(80, 32, 3), start=2, stop=4)
+    images = np.concatenate([batch.images.numpy() for batch in batches])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for place in range(40):
+        row, column = divmod(place, 8)
+        cell = sheet[36 + 156 * row :, 8 + 136 * column :][:128, :128]
+        assert np.array_equal(cell[2::4, 2::4], images[place])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -49,15 +88,39 @@ def test_verify_reads_all_of_train(cli: Cli, few_digits: Path) -> None:
         ("verify data=folder reprot=x", "reprot is not a key of the configuration: did you mean report"),
         ("verify data=folder data.root=nowhere min_side=0", "min_side=0 must be at least 1"),
         ("verify data=folder data.root=. report=no/where.json", "report=no/where.json: its folder does not exist"),
+        ("stats data=folder data.root=DIGITS count=0", "count=0 must be at least 1"),
+        ("stats data=eval_folder data.root=DIGITS/train", "split=train has no images: choose val"),
+        ("stats data=folder data.root=. picture=no/where.png", "picture=no/where.png: its folder does not exist"),
+        ("show recipe=demo data.root=DIGITS output=sheet.gif", "output=sheet.gif must end in .png, .jpg or .webp"),
+        ("show recipe=demo step=-1", "step=-1 must be at least 0"),
+        ("convert data=folder data.root=DIGITS", "output has no value: give output=... on the command line"),
+        ("convert data=folder data.root=DIGITS output=o to=zip", "to=zip is not known: use folder or shards"),
+        ("convert data=folder data.root=DIGITS output=DIGITS", "holds train and no manifest.json: choose an empty"),
+        ("prepare data.root=DIGITS output=o", "ILSVRC2012_img_train.tar does not exist: put ImageNet's archives there"),
         ("verify data=folder nonsense", "nonsense is not of the form key=value: give key=value"),
     ],
 )
-def test_bad_input(cli: Cli, words: str, message: str) -> None:
-    done = cli("data", *words.split())
+def test_bad_input(cli: Cli, few_digits: Path, words: str, message: str) -> None:
+    done = cli("data", *words.replace("DIGITS", str(few_digits)).split())
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("effnet-data: error: ")
     assert message in done.err
+
+
+@pytest.mark.parametrize(
+    ("job", "types"),
+    [
+        ("verify", check.DATA_VERIFY),
+        ("stats", check.DATA_STATS),
+        ("show", check.DATA_SHOW),
+        ("prepare", check.DATA_WRITE),
+        ("convert", check.DATA_WRITE),
+    ],
+)
+def test_the_checks_know_each_jobs_keys_and_no_others(job: str, types: dict[str, Any]) -> None:
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        assert hydra.compose(f"data_{job}").keys() == types.keys()
 
 
 def test_help_names_the_jobs_and_needs_no_torch() -> None:
