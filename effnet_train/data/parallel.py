@@ -34,6 +34,7 @@ class _Pool(Generic[Item, Result]):
     def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
         # From a clean server: forking this process's threads could deadlock.
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["effnet_train.data.sources"])  # or each worker would load torch by itself
         self._processes: dict[Connection, Any] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -77,7 +78,7 @@ class _Pool(Generic[Item, Result]):
         """End the workers."""
         for pipe, process in self._processes.items():
             pipe.close()
-            process.terminate()
+            process.kill()  # not terminate: the data loader's server has its workers born with SIGTERM blocked
         for process in self._processes.values():
             process.join()
 

@@ -195,12 +195,12 @@ def _find_identical(
     starts = np.cumsum([0, *(len(source) for source in splits.values())])
     read = np.flatnonzero(every != np.zeros(_DIGEST_BYTES, np.uint8).view(every.dtype)[0])
     order = read[np.argsort(every[read], kind="stable")]
-    same = every[order[1:]] == every[order[:-1]]
-    # Runs of equal neighbours.
+    same = np.concatenate([[False], every[order[1:]] == every[order[:-1]], [False]])
+    # Runs of equal neighbours: a run begins where the next is the same and the one before was not.
+    firsts, lasts = np.flatnonzero(same[1:] & ~same[:-1]), np.flatnonzero(same[:-1] & ~same[1:])
     names = list(splits)
-    for group in np.split(order, np.flatnonzero(~same) + 1):
-        if len(group) < 2:
-            continue
+    for first, last in zip(firsts, lasts, strict=True):
+        group = order[first : last + 1]
         parts = np.searchsorted(starts, group, side="right") - 1
         members = [splits[names[part]].name(int(i - starts[part])) for part, i in zip(parts, group, strict=True)]
         kind = "repeated" if len(set(label[group].tolist())) == 1 else "contradicting"
