@@ -119,10 +119,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np
     """Scale (H, W, 3) uint8 as Pillow does, with vector instructions and weights of 16 bits where it has 22."""
     if interpolation not in _TORCH_FILTERS:
         return np.array(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, FILTERS[interpolation]))
-    # The view is channels-last, for which torch has the quick way.
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # Channels-last, for which torch has the quick way: the strides must say so, that of the one image included.
+    images = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(images, size[::-1], mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
 def _jpeg_header(data: bytes) -> _Header | None:
