@@ -85,6 +85,15 @@ DATA_WRITE: Mapping[str, Any] = {
     **dict.fromkeys(("seed", "resize"), int | None),
     "workers": int | Literal["auto"],
 }
+BENCH_DATA: Mapping[str, Any] = {
+    "data": Mapping,
+    "jobs": list[Literal["train", "eval"]],
+    "backends": list[str],
+    "workers": list[int],
+    **dict.fromkeys(("rounds", "batch_size", "reads"), int),
+    "seconds": float,
+    "output": str | None,
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -99,6 +108,7 @@ _LEAST: Mapping[str, int] = {
             "eval_batch_size",
             "max_steps",
             "ranks",
+            "rounds",
             "threads",
             "resolution",
             "top",
