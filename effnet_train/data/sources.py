@@ -53,8 +53,10 @@ class Names:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._letters[start : int(self._ends[index])].numpy().tobytes())
+        # Through numpy, which takes a number out of an array ten times as fast as torch does.
+        ends = self._ends.numpy()
+        start = ends[index - 1] if index else 0
+        return os.fsdecode(self._letters.numpy()[start : ends[index]].tobytes())
 
 
 class FolderSource:
