@@ -26,7 +26,6 @@ Contender = Callable[[str, bool, int, int], Iterator[int]]
 
 REFERENCE = "timm"
 _RESOLUTION = 224
-_IMAGENET_IMAGES = 1_281_167
 _PACKAGES = ("effnet-train", "torch", "torchvision", "timm", "pillow", "simplejpeg", "nvidia-nvimgcodec-cu13", "numpy")
 
 
@@ -158,6 +157,7 @@ def compare(
     A row: `name`, `job`, `workers`, `images_per_s`, `per_core` (of the workers; of the one process without), and
     `ratio` to timm: the median over rounds of the ratio within a round, as a machine's speed changes between them.
     """
+    FolderSource(root)  # which says what is wrong with the folder
     iterators = {name: make(root, train, batch_size, workers) for name, make in measured.items()}
     speeds: dict[str, list[float]] = {name: [] for name in measured}
     for count in range(rounds + 1):
@@ -203,17 +203,17 @@ def _resident_mib() -> float:
         return round(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
-def waiting(root: str, *, backend: str, batch_size: int) -> dict[str, float]:
-    """Seconds from an index of ImageNet's size to the first batch of a worker, at the start and resumed at its middle.
+def waiting(root: str, *, backend: str, images: int, batch_size: int) -> dict[str, float]:
+    """Seconds from an index of so many images to the first batch of a worker, at the start and resumed at its middle.
 
     The images are the folder's, each many times; a name for each is in memory already: listing a folder is not in it.
     """
     folder = FolderSource(root)
-    names = (os.fsencode(folder.name(index % len(folder))) for index in range(_IMAGENET_IMAGES))
+    names = (os.fsencode(folder.name(index % len(folder))) for index in range(images))
     source = Files(names)
     data = Data(source, source, None, Preprocess(_RESOLUTION), "raise", backend)
     found = {}
-    for name, step in (("fork_server", 0), ("start", 0), ("resume", _IMAGENET_IMAGES // batch_size // 2)):
+    for name, step in (("fork_server", 0), ("start", 0), ("resume", images // batch_size // 2)):
         start = perf_counter()
         order = Order(len(source), batch_size, seed=0)
         next(train_batches(data, Augment(policy=AutoAugment()), order, start=step, stop=step + 2, workers=1))

@@ -65,8 +65,11 @@ def data(cfg: DictConfig) -> None:
             )
             result["rows"] += rows
             print(_table(rows), flush=True)
-    result["waiting_s"] = data_speed.waiting(root, backend=first, batch_size=size)
-    print("first batch of 1,281,167 images: {start} s; resumed at the middle: {resume} s".format(**result["waiting_s"]))
+    if config["index"]:
+        waited = data_speed.waiting(root, backend=first, images=config["index"], batch_size=size)
+        result["waiting_s"] = {"images": config["index"], **waited}
+        text = "first batch of {images:,} images after {start} s; resumed at the middle after {resume} s"
+        print(text.format(**result["waiting_s"]))
     if config["reads"]:
         result["memory"] = data_speed.memory(root, backend=first, reads=config["reads"], batch_size=size)
         text = "memory after a tenth of {reads:,} reads {after_a_tenth_mib} MiB, at the end {end_mib}, peak {peak_mib}"

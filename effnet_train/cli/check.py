@@ -90,7 +90,7 @@ BENCH_DATA: Mapping[str, Any] = {
     "jobs": list[Literal["train", "eval"]],
     "backends": list[str],
     "workers": list[int],
-    **dict.fromkeys(("rounds", "batch_size", "reads"), int),
+    **dict.fromkeys(("rounds", "batch_size", "reads", "index"), int),
     "seconds": float,
     "output": str | None,
 }

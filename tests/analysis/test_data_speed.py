@@ -1,13 +1,19 @@
 import itertools
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from effnet_train.analysis import data_speed
+from effnet_train.cli import bench
+
+# timm leaves files open, and torchvision says that its decoder is to go.
+WARNINGS = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:The image decoding:DeprecationWarning"
+)
 
 
 @pytest.fixture
@@ -21,8 +27,7 @@ def jpegs(tmp_path):
     return tmp_path / "images"
 
 
-# timm leaves files open, and torchvision says that its decoder is to go.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:The image decoding")
+@WARNINGS
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", list(data_speed.contenders(["simplejpeg", "pillow"])))
 def test_each_gives_batches_without_end(jpegs, name, train):
@@ -30,7 +35,7 @@ def test_each_gives_batches_without_end(jpegs, name, train):
     assert list(itertools.islice(batches, 4)) == [4, 4, 4, 4]
 
 
-def test_ratios_are_to_timms_speed_in_the_same_round(monkeypatch):
+def test_ratios_are_to_timms_speed_in_the_same_round(monkeypatch, jpegs):
     clock = [0.0]
 
     def advance(seconds):
@@ -40,36 +45,37 @@ def test_ratios_are_to_timms_speed_in_the_same_round(monkeypatch):
 
     monkeypatch.setattr(data_speed, "perf_counter", lambda: clock[0])
     measured = {"timm": lambda *_: advance(0.4), "double": lambda *_: advance(0.2)}
-    rows = data_speed.compare("", measured, train=True, workers=2, rounds=3, seconds=1, batch_size=10)
+    rows = data_speed.compare(str(jpegs), measured, train=True, workers=2, rounds=3, seconds=1, batch_size=10)
     assert [row["name"] for row in rows] == ["timm", "double"]
     assert [row["images_per_s"] for row in rows] == [25.0, 50.0]
     assert [row["per_core"] for row in rows] == [12.5, 25.0]
     assert [row["ratio"] for row in rows] == [1.0, 2.0]
 
 
-def test_memory_and_waiting(jpegs, monkeypatch):
-    monkeypatch.setattr(data_speed, "_IMAGENET_IMAGES", 1000)
+def test_memory_and_waiting(jpegs):
     found = data_speed.memory(str(jpegs), backend="simplejpeg", reads=40, batch_size=4)
     assert found["reads"] == 40
     assert 50 < found["after_a_tenth_mib"] <= found["peak_mib"]
-    waited = data_speed.waiting(str(jpegs), backend="simplejpeg", batch_size=4)
+    waited = data_speed.waiting(str(jpegs), backend="simplejpeg", images=1000, batch_size=4)
     assert set(waited) == {"start", "resume"}
     assert min(waited.values()) > 0
 
 
-def test_the_command_writes_what_it_prints(jpegs, tmp_path):
+@WARNINGS
+def test_the_command_writes_what_it_prints(jpegs, tmp_path, monkeypatch, capsys):
     words = [
         *("data", f"data.root={jpegs}", "jobs=[eval]", "workers=[0]", "backends=[simplejpeg]", "rounds=1"),
-        *("seconds=0.05", "batch_size=2", "reads=0", f"output={tmp_path / 'out' / 'speed.json'}"),
+        *("seconds=0.05", "batch_size=2", "reads=0", "index=0", f"output={tmp_path / 'out' / 'speed.json'}"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "effnet_train.cli.bench", *words], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["effnet-bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    threads = torch.get_num_threads()
+    bench.main()
+    torch.set_num_threads(threads)
     result = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["timm", "torchvision", "torchvision tensors", "ours, simplejpeg"]
     assert result["machine"]["packages"]["timm"][0].isdigit()
-    assert "x timm" in done.stdout
+    assert "x timm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -84,9 +90,8 @@ def test_the_command_writes_what_it_prints(jpegs, tmp_path):
     ],
 )
 def test_words(monkeypatch, capsys, words, status, message):
-    from effnet_train.cli import bench
-
     monkeypatch.setattr(sys, "argv", ["effnet-bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as left:
         bench.main()
     assert left.value.code == status
