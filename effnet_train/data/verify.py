@@ -65,10 +65,15 @@ def inspect(data: bytes | Image.Image, label: int) -> Inspected:
         return known._replace(error=str(error))
     image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
     orientation = image.getexif().get(_ORIENTATION, 1)
-    if image.format == "JPEG" and isinstance(data, bytes) and b"\xff\xd9" not in data[-4096:]:
+    if image.format == "JPEG" and isinstance(data, bytes) and not _has_end(data):
         # Decoders put up with the loss of a few bytes at the end, and make the rest of the picture up.
         known = known._replace(error="ends without JPEG's end marker: truncated")
     return known._replace(format=image.format, mode=image.mode, size=(width, height), orientation=orientation)
+
+
+def _has_end(data: bytes) -> bool:
+    """Say whether a JPEG's end marker follows its last scan: a thumbnail has one before, and rubbish may come after."""
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
 
 
 def _digest(content: bytes) -> bytes:

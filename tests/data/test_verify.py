@@ -111,6 +111,16 @@ def test_a_file_that_cannot_be_opened(photos):
     assert report["splits"]["train"]["per_class"] == {"ant": 9, "bee": 10}
 
 
+def test_the_end_of_a_jpeg_is_its_own(imagenet_jpegs):
+    thumbnail = encoded("JPEG", "RGB")
+    for data in list(imagenet_jpegs.values())[:5]:
+        inner = b"\xff\xe3" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail  # APP3, whose content is anybody's
+        data = data[:2] + inner + data[2:]
+        assert inspect(data, 0).error is None
+        assert inspect(data + bytes(10_000), 0).error is None
+        assert inspect(data[: data.rindex(b"\xff\xd9")], 0).error == "ends without JPEG's end marker: truncated"
+
+
 def test_images_that_their_source_has_decoded():
     one, other = Image.new("L", (9, 4), 7), Image.new("L", (4, 9), 7)
     assert inspect(one, 3)[:2] == (3, 0)
