@@ -118,7 +118,7 @@ def test_the_end_of_a_jpeg_is_its_own(imagenet_jpegs):
         data = data[:2] + inner + data[2:]
         assert inspect(data, 0).error is None
         assert inspect(data + bytes(10_000), 0).error is None
-        assert inspect(data[: data.rindex(b"\xff\xd9")], 0).error == "ends without JPEG's end marker: truncated"
+        assert "truncated" in inspect(data[: data.rindex(b"\xff\xd9")], 0).error
 
 
 def test_images_that_their_source_has_decoded():
