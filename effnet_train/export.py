@@ -10,12 +10,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_train.engine.checkpoint import EXPORT, Weights, export_safetensors, write_atomically
+from effnet_train.engine.checkpoint import EXPORT, Weights, export_safetensors, write_bytes
 from effnet_train.models import published
 from effnet_train.models.formats import from_ours
 from effnet_train.models.surgery import fold_batch_norm
@@ -30,6 +30,12 @@ SUFFIXES: Mapping[str, str] = {
     "onnx": ".onnx",
     "torch_export": ".pt2",
 }
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "effnet_train": (".safetensors",),
+    **dict.fromkeys(("timm", "torchvision"), (".safetensors", ".pth", ".pt")),
+    "onnx": (".onnx",),
+    "torch_export": (".pt2",),
+}
 GRAPHS = ("onnx", "torch_export")
 Network = Callable[[Tensor], Tensor]
 
@@ -42,15 +48,19 @@ def export(
     *,
     variants: Mapping[str, Mapping[str, Any]],
     fold: bool = False,
+    hub_name: str | None = None,
 ) -> float:
     """Write `model` to `output` in the format `fmt`, one of SUFFIXES; return how far the logits differ from ours.
 
     `meta` is what travels with weights, `variants` are model configurations by name, the published ones among them. The
-    difference is the largest, over the largest logit. Nothing is written where it exceeds TOLERANCE.
+    difference is the largest, over the largest logit. `hub_name` is for the model card.
+    Nothing is written where it exceeds TOLERANCE.
     Raises ValueError, naming the remedy, where the format has no such network.
     """
     if fmt not in SUFFIXES:
         raise ValueError(f"format={fmt} is not known: use one of {', '.join(SUFFIXES)}")
+    if fmt in ENDINGS and output.suffix not in ENDINGS[fmt]:
+        raise ValueError(f"output={output}: of format={fmt} the name must end in {' or '.join(ENDINGS[fmt])}")
     if fold and fmt not in GRAPHS:
         raise ValueError(
             f"fold=true: format={fmt} holds weights of a network with BatchNorm; use {' or '.join(GRAPHS)}"
@@ -69,7 +79,7 @@ def export(
     names = "torchvision" if fmt == "torchvision" else "timm"
     meta = {**meta, "names": names, "model": {**meta["model"], "bn_eps": _eps(theirs)}}
     if fmt == "hub":
-        write_hub(theirs, meta, output)
+        write_hub(theirs, {**meta, "data": {}}, output, name=hub_name)  # where images lie here is nobody's business
     else:
         write_state_dict(theirs, meta, output)
     return difference
@@ -191,23 +201,17 @@ def write_state_dict(theirs: nn.Module, meta: Mapping[str, Any], path: Path) -> 
     tensors = theirs.state_dict()
     if path.suffix == ".safetensors":
         export_safetensors(path, Weights(tensors, meta))
-    elif path.suffix in (".pth", ".pt"):
+    else:
         stream = io.BytesIO()
         torch.save(tensors, stream)
-        _write(path, stream.getvalue())
-        _write(path.with_suffix(".json"), json.dumps(meta, indent=2, sort_keys=True).encode() + b"\n")
-    else:
-        raise ValueError(f"output={path}: its name must end in .safetensors, .pth or .pt")
+        # What is said of the former file must not be said of this one, should this be all that is written.
+        beside = Path(f"{path}.json")
+        beside.unlink(missing_ok=True)
+        write_bytes(path, stream.getvalue())
+        write_bytes(beside, json.dumps(meta, indent=2, sort_keys=True).encode() + b"\n")
 
 
-def _write(path: Path, data: bytes) -> None:
-    def write(file: IO[bytes]) -> None:
-        file.write(data)
-
-    write_atomically(path, write)
-
-
-def write_hub(theirs: nn.Module, meta: Mapping[str, Any], folder: Path) -> None:
+def write_hub(theirs: nn.Module, meta: Mapping[str, Any], folder: Path, *, name: str | None = None) -> None:
     """Write a folder as the Hugging Face hub lays it out: model.safetensors, config.json, README.md.
 
     timm reads it (`timm.create_model("local-dir:...")`, or "hf-hub:owner/name" once it is there), and so do we, who
@@ -223,20 +227,28 @@ def write_hub(theirs: nn.Module, meta: Mapping[str, Any], folder: Path) -> None:
     try:
         save_for_hf(theirs, str(unfinished), {"label_names": list(meta["classes"])}, safe_serialization=True)
         export_safetensors(unfinished / EXPORT, Weights(theirs.state_dict(), meta))
-        (unfinished / "README.md").write_text(_card(theirs, meta), encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for file in unfinished.iterdir():
-            os.replace(file, folder / file.name)
+        (unfinished / "README.md").write_text(_card(theirs, meta, name or "OWNER/NAME"), encoding="utf-8")
+        os.chmod(unfinished, 0o755)
+        # The old folder makes way as a whole: no file of it may stand beside a new one.
+        former = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        if folder.exists():
+            os.replace(folder, former / "former")
+        os.replace(unfinished, folder)
+        shutil.rmtree(former)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _card(theirs: Any, meta: Mapping[str, Any]) -> str:
+def _card(theirs: Any, meta: Mapping[str, Any], name: str) -> str:
     """Return the hub's model card."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=["image-classification"])
-    preprocess, name = meta["preprocess"], theirs.pretrained_cfg["architecture"]
+    preprocess, architecture = meta["preprocess"], theirs.pretrained_cfg["architecture"]
+    source = meta.get("source")
+    whose = (
+        f"Weights of {source}, converted with effnet_train." if source else "An EfficientNet trained with effnet_train."
+    )
     crop = (
         f"shorter side resized to {preprocess['resize']}, centre cut"
         if preprocess.get("resize")
@@ -244,7 +256,7 @@ def _card(theirs: Any, meta: Mapping[str, Any]) -> str:
         f"{preprocess['resolution'] + preprocess['crop_padding']} of the shorter side, resized"
     )
     rows = {
-        "architecture": name,
+        "architecture": architecture,
         "classes": len(meta["classes"]),
         "input": f"{preprocess['resolution']} x {preprocess['resolution']} pixels, RGB",
         "crop": f"{crop} ({preprocess['interpolation']})",
@@ -254,10 +266,10 @@ def _card(theirs: Any, meta: Mapping[str, Any]) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        f"---\n{data}\n---\n# {name}\n\nAn EfficientNet trained with effnet_train.\n\n"
+        f"---\n{data}\n---\n# {architecture}\n\n{whose}\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
-        '```python\nimport timm\n\nmodel = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()\n```\n\n'
-        "`effnet-eval checkpoint=hub:OWNER/NAME` and `effnet-predict` read it as well, with its exact preprocessing.\n"
+        f'```python\nimport timm\n\nmodel = timm.create_model("hf-hub:{name}", pretrained=True).eval()\n```\n\n'
+        f"`effnet-eval checkpoint=hub:{name}` and `effnet-predict` read it as well, with its exact preprocessing.\n"
     )
 
 
@@ -315,7 +327,7 @@ def write_onnx(graph: nn.Module, ours: nn.Module, meta: Mapping[str, Any], path:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     difference = _held(theirs, ours, [(1, 3, size, size), (3, 3, size, size)], "ONNX")
-    _write(path, data)
+    write_bytes(path, data)
     return difference
 
 
@@ -333,7 +345,7 @@ def write_torch_export(graph: nn.Module, ours: nn.Module, meta: Mapping[str, Any
         stream.seek(0)
         theirs = torch.export.load(stream).module()
     difference = _held(theirs, ours, [(1, 3, size, size), (3, 3, size, size)], "exported")
-    _write(path, stream.getvalue())
+    write_bytes(path, stream.getvalue())
     return difference
 
 

@@ -52,18 +52,25 @@ class Predictor:
             reasons = dict(zip(lost, batch.errors, strict=True))
             for place in places:
                 name = files.name(place)
-                reason = {"error": reasons[place].removeprefix(f"{name}: ")} if place in reasons else None
-                yield {"file": name, **(reason or {"top": found[place]})}
+                reason = reasons.get(place) or ("" if found[place] else "the network's outputs are not finite numbers")
+                yield {
+                    "file": name,
+                    **({"error": reason.removeprefix(f"{name}: ")} if reason else {"top": found[place]}),
+                }
 
     @torch.inference_mode()
     def batch(self, batch: Batch, files: Files, device: torch.device) -> list[list[dict[str, Any]]]:
-        """Return the likeliest classes of each image that a batch holds; draw the maps that are asked for."""
+        """Return the likeliest classes of each image that a batch holds; draw the maps that are asked for.
+
+        An image whose logits are not finite has none.
+        """
         if not len(batch.labels):
             return []
         pixels = batch.images.to(device, non_blocking=True)
         with autocast(device, self.precision):
             features = self.model.features(normalize(pixels, self.preprocess.mean, self.preprocess.std))
             logits = self.model.classifier(features.mean((2, 3)))
+        whole = logits.isfinite().all(dim=1).tolist()
         probabilities = logits.float().softmax(dim=1)
         shares, indices = probabilities.topk(min(self.top, len(self.classes)), dim=1)
         if self.maps is not None:
@@ -73,8 +80,9 @@ class Predictor:
             [
                 {"class": self.classes[index], "name": self.words[index], "probability": share}
                 for index, share in zip(*image, strict=True)
+                if finite
             ]
-            for image in zip(indices.tolist(), shares.tolist(), strict=True)
+            for finite, *image in zip(whole, indices.tolist(), shares.tolist(), strict=True)
         ]
 
     def _draw(self, batch: Batch, files: Files, features: Tensor, mapped: Tensor, probabilities: Tensor) -> None:

@@ -143,7 +143,11 @@ def _no_override(error: OverrideParseException, config: str) -> str:
     if equals:
         quotes = f"put two pairs of quotes around the value, {key}=\"'{value}'\""
         return f"{word} cannot be read as key=value: {quotes}{_NO_KEY.get(config, '')}"
-    hint = f": did you mean checkpoint={word}?" if config != "train" else ": give key=value or group=option, see --help"
+    hint = (
+        f": did you mean checkpoint={word}?"
+        if config in ("eval", "export", "predict")
+        else ": give key=value or group=option, see --help"
+    )
     return f"{word} is not of the form key=value{hint}"
 
 

@@ -1,6 +1,5 @@
 """From configuration to parts; no part receives the configuration."""
 
-import importlib
 import math
 import os
 from collections.abc import Mapping
@@ -22,9 +21,21 @@ from effnet_train.engine.train import Plan
 from effnet_train.optim.param_groups import param_groups
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+# What a checkpoint's metadata may name to be called, by where it stands in `model` and `data`.
+_TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "model": {"": ("effnet_train.models.efficientnet.EfficientNet",)},
+    "data": {
+        "": (
+            *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "eval_folder", "digits")),
+            "effnet_train.data.datasets.torchvision_splits",
+            *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards")),
+        ),
+        "preprocess": ("effnet_train.data.preprocess.Preprocess",),
+    },
+}
 
 
-def build_data(cfg: DictConfig, session: Session) -> Data:
+def build_data(cfg: DictConfig | Mapping[str, Any], session: Session) -> Data:
     """Build the data set; rank 0 first, which may download or write it."""
     with session.main_first():
         return instantiate(cfg, _convert_="all")
@@ -35,32 +46,32 @@ def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Mod
     return instantiate(cfg, num_classes=num_classes, _convert_="all")
 
 
-def check_targets(config: Any, source: str) -> None:
-    """Refuse a configuration from a file that would build anything but this package's models and data.
+def check_targets(meta: Mapping[str, Any], source: str) -> None:
+    """Refuse metadata from a file that would build anything but a network and a data set of ours.
 
     Raises ValueError: what `_target_` names is called, so a hostile file must not choose it; nor may it hold what
     becomes a `_target_` only later, an interpolation or another of Hydra's own keys.
     """
+    for place, value in meta.items():
+        _check_targets(value, source, _TARGETS.get(place, {}), "")
+
+
+def _check_targets(config: Any, source: str, allowed: Mapping[str, tuple[str, ...]], place: str) -> None:
     if isinstance(config, str) and "${" in config:
         raise ValueError(f"{source} holds the interpolation {config!r}, which is never resolved: refused")
     if isinstance(config, Mapping):
         hydras = [key for key in config if str(key).startswith("_") and key != "_target_"]
         if hydras:
             raise ValueError(f"{source} holds the key {hydras[0]!r}, which is Hydra's own: refused")
-        target = config.get("_target_")
-        if target is not None:
-            module, _, name = str(target).rpartition(".")
-            ours = module.startswith(("effnet_train.models.", "effnet_train.data.")) and name[:1] != "_"
-            # Not only the prefix: a path can lead through a module to what that module imports.
-            if not ours or getattr(getattr(importlib.import_module(module), name, None), "__module__", "") != module:
-                raise ValueError(
-                    f"{source} asks for {target!r}, which is no model or data set of effnet_train: refused"
-                )
-        for value in config.values():
-            check_targets(value, source)
+        if "_target_" in config and config["_target_"] not in allowed.get(place, ()):
+            raise ValueError(
+                f"{source} asks for {config['_target_']!r}, which is no model or data set of effnet_train: refused"
+            )
+        for key, value in config.items():
+            _check_targets(value, source, allowed, f"{place}.{key}" if place else str(key))
     elif isinstance(config, list | tuple):
         for value in config:
-            check_targets(value, source)
+            _check_targets(value, source, {}, place)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -276,10 +287,19 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
         for name in sorted(own.keys() | weights.tensors.keys())
         if name not in own or name not in weights.tensors or own[name].shape != weights.tensors[name].shape
     ]
+    classifier = [text for text in wrong if text.startswith("classifier.")]
+    if wrong and len(wrong) == len(classifier):
+        raise ValueError(
+            f"{source} holds weights for another number of classes ({classifier[0]}): a new classifier on old weights "
+            "is not offered yet"
+        )
     if wrong:
         raise ValueError(
             f"{source} holds weights of another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}"
         )
+    infinite = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise ValueError(f"{source} holds numbers that are not finite, in {', '.join(infinite[:3])}: it is of no use")
     model.load_state_dict(weights.tensors)
 
 

@@ -62,6 +62,38 @@ EXPORT: Mapping[str, Any] = {
     "fold": bool,
     **dict.fromkeys(("source", "output", "push_to_hub"), str | None),
 }
+DATA_VERIFY: Mapping[str, Any] = {
+    "data": Mapping,
+    "report": str | None,
+    "min_side": int,
+    "ignore": list[str],
+    "workers": int | Literal["auto"],
+}
+DATA_STATS: Mapping[str, Any] = {
+    "data": Mapping,
+    "split": Literal["train", "val"],
+    "resolution": int,
+    "count": int | None,
+    **dict.fromkeys(("output", "picture"), str | None),
+    "workers": int | Literal["auto"],
+}
+DATA_SHOW: Mapping[str, Any] = {**TRAIN, **dict.fromkeys(("step", "count"), int), "output": str}
+DATA_WRITE: Mapping[str, Any] = {
+    "data": Mapping,
+    **dict.fromkeys(("to", "output", "subsampling"), str),
+    **dict.fromkeys(("images", "quality"), int),
+    **dict.fromkeys(("seed", "resize"), int | None),
+    "workers": int | Literal["auto"],
+}
+BENCH_DATA: Mapping[str, Any] = {
+    "data": Mapping,
+    "jobs": list[Literal["train", "eval"]],
+    "backends": list[str],
+    "workers": list[int],
+    **dict.fromkeys(("rounds", "batch_size", "reads", "index"), int),
+    "seconds": float,
+    "output": str | None,
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -70,9 +102,22 @@ _GIVEN: Mapping[str, str] = {
 }
 _LEAST: Mapping[str, int] = {
     **dict.fromkeys(
-        ("batch_size", "accumulate", "eval_batch_size", "max_steps", "ranks", "threads", "resolution", "top"), 1
+        (
+            "batch_size",
+            "accumulate",
+            "eval_batch_size",
+            "max_steps",
+            "ranks",
+            "rounds",
+            "threads",
+            "resolution",
+            "top",
+            "min_side",
+        ),
+        1,
     ),
-    **dict.fromkeys(("seed", "sync_bn", "workers"), 0),
+    **dict.fromkeys(("min_side", "count"), 1),
+    **dict.fromkeys(("seed", "sync_bn", "workers", "step"), 0),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",
@@ -98,7 +143,7 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
     if config.get("name") == "":
         raise ValueError("name= is empty: the run needs a folder of its own in run_root")
-    if config.get("seed", 0) >= 2**63:
+    if (config.get("seed") or 0) >= 2**63:
         raise ValueError(f"seed={config['seed']} must be less than 2 ** 63")
     if config.get("clip_norm") is not None and config["clip_norm"] <= 0:
         raise ValueError(f"clip_norm={config['clip_norm']} must be more than 0, or null for no clipping")

@@ -65,10 +65,12 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
         scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
+        precision = build.resolve_precision(config["precision"], session.device)
+        build.set_arithmetic(precision, False, session.device)
         results = evaluate_members(
             [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
             num_images=len(source),
-            precision=build.resolve_precision(config["precision"], session.device),
+            precision=precision,
             session=session,
             flip=config["flip"],
             measure=_measure(config, source, scored),
@@ -190,10 +192,17 @@ def _data_config(config: Config, part: Part) -> dict[str, Any]:
             )
         given = {key: value for key, value in chosen.items() if value is not None}
         chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
-    elif not (Path(chosen["root"]).is_dir() or ":" in chosen["root"]) and all(
+        if "root" not in given and "://" not in str(own["root"]) and not Path(own["root"]).is_dir():
+            # Nothing is made or fetched at a place that a file chose.
+            raise FileNotFoundError(
+                f"checkpoint={part.label} was trained on data.root={own['root']}, which is not here: give data.root=..."
+            )
+    elif chosen["root"] is None:
+        raise ValueError("data.root has no value: give data.root=... on the command line")
+    elif not (Path(chosen["root"]).is_dir() or chosen["root"].startswith("hub:") or "://" in chosen["root"]) and all(
         chosen.get(k) == own.get(k) for k in ("_target_", "dataset")
     ):
-        chosen = {**chosen, "root": own["root"]}  # the same data set, where the run had it; no URL is missing
+        chosen = {**chosen, "root": own["root"]}  # the same data set, where the checkpoint's run had it
     target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
     return {**chosen, "preprocess": {**target, **part.preprocess.to_dict()}}
 

@@ -30,8 +30,12 @@ def task(cfg: DictConfig) -> None:
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"output={output}: its folder does not exist, make it first")
     model, meta = build.load_model(name, Session(), which=config["weights"], source=config["source"])
-    difference = export(model, meta, fmt, output, variants=build.model_variants(), fold=config["fold"])
+    difference = export(
+        model, meta, fmt, output, variants=build.model_variants(), fold=config["fold"], hub_name=config["push_to_hub"]
+    )
     print(f"{output}: {fmt}, logits within {difference:.1g} of the largest")
+    if Path(f"{output}.json").is_file():
+        print(f"{output}.json: its preprocessing and classes; keep it beside")
     if config["push_to_hub"]:
         print(push_to_hub(output, config["push_to_hub"]))
 

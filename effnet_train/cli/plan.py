@@ -32,6 +32,10 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     build.check_batch(cfg, ranks)
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = _counts(cfg.data)
+    if cfg.init_from is not None:
+        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
+        build.load_into(build.build_model(cfg.model, classes), weights, f"init_from={cfg.init_from}")
+        build.check_same_settings(cfg, weights.meta)
     plan = build.build_plan(cfg, images)
     with torch.device("meta"):
         meta_model = build.build_model(cfg.model, classes)
@@ -47,6 +51,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
+        *([("weights", f"from {cfg.init_from}")] if cfg.init_from is not None else []),
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),

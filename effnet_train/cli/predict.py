@@ -63,24 +63,28 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
     if not inputs:
         raise ValueError(f"no image is given: effnet-predict IMAGE... checkpoint={config['checkpoint']} (- for stdin)")
     files = find_files(inputs, stdin=stdin() if _STDIN in inputs else None)
+    if config["cam_class"] is not None and not config["cam"]:
+        raise ValueError(f"cam_class={config['cam_class']} has no effect without cam=FOLDER")
     _check_output(config["output"], [*inputs, config["checkpoint"]])
     maps = _folder_of_maps(config["cam"])
     with distributed.open_session(distributed.resolve_device(config["device"])) as session:
         model, meta = build.load_model(config["checkpoint"], session, which=config["weights"], source=config["source"])
         preprocess, words = Preprocess(**meta["preprocess"]), readable_names(meta["classes"])
+        precision = build.resolve_precision(config["precision"], session.device)
+        build.set_arithmetic(precision, False, session.device)
         predictor = Predictor(
             model=model,
             preprocess=preprocess.at(config["resolution"]) if config["resolution"] else preprocess,
             classes=meta["classes"],
             words=words,
             top=config["top"],
-            precision=build.resolve_precision(config["precision"], session.device),
+            precision=precision,
             maps=maps,
             mapped=class_number(config["cam_class"], meta["classes"], words),
         )
         size = config["batch_size"]
         workers = min(build.resolve_workers(config["workers"], session.device), len(files) // size)  # none for a few
-        word = partial(json.dumps, ensure_ascii=False) if config["format"] == "jsonl" else _table
+        word = partial(json.dumps, ensure_ascii=False, allow_nan=False) if config["format"] == "jsonl" else _table
         unreadable = 0
         with _opened(config["output"], config["format"]) as output:
             for row in predictor(files, batch_size=size, workers=workers, device=session.device):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from effnet_train.data.backends import BACKENDS
 from effnet_train.data.datasets import Data, assemble, check_counts
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import IMAGE_SUFFIXES
@@ -130,6 +131,7 @@ def imagenet_tars(
     cache: str | None = None,
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read ImageNet (ILSVRC 2012) from the archives as they are distributed, unpacking nothing.
@@ -150,7 +152,7 @@ def imagenet_tars(
         open_index(paths[1:], _local_state, lambda: _labelled_by_devkit(*paths[1:]), kind="imagenet val", cache=folder)
     )
     check_counts(root, [training, validation], expected)
-    return assemble(training, validation, preprocess=preprocess, minival=minival, on_error=on_error)
+    return assemble(training, validation, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
 
 
 def _local_state(path: str) -> list[int]:
@@ -224,6 +226,7 @@ def shards(
     cache: str | None = None,
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read WebDataset's layout: tar archives of `KEY.jpg` (.png, .webp, ...) and `KEY.cls`, a class number as text.
@@ -238,7 +241,7 @@ def shards(
     for source in sources:
         source.classes = names
     check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
 
 
 def _shards(root: str, pattern: str, cache: Path) -> TarSource:

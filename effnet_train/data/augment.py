@@ -5,13 +5,14 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
+from effnet_train.data.backends import Box, Picture
 from effnet_train.data.keys import integer, rng, uniform
-from effnet_train.data.preprocess import Preprocess, central_image, crop_and_resize
+from effnet_train.data.preprocess import Preprocess, crop_and_resize, eval_image
 
 Policy = Callable[[Image.Image, random.Random], Image.Image]
-Box = tuple[int, int, int, int]
 
 _ATTEMPTS = 10
 _MIN_OBJECT_COVERED = np.float32(0.1)
@@ -131,15 +132,15 @@ class Augment:
                 raise ValueError(f"augment.{name}={value} must be a probability: from 0 to 1")
         self.flip, self.pad, self.policy, self.erase = flip, pad, policy, erase
 
-    def __call__(self, image: Image.Image, preprocess: Preprocess, key: int) -> np.ndarray:
+    def __call__(self, image: Picture | Image.Image, preprocess: Preprocess, key: int) -> np.ndarray:
         """Return the pixels (R, R, 3) uint8 of an RGB image: a pure function of the arguments."""
         generator = rng(key)
-        image = self._crop(image, preprocess, generator)
+        pixels = self._crop(image, preprocess, generator)
         if generator.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            # Ten times as fast as numpy's copy of a reversed view.
+            pixels = torch.from_numpy(pixels).flip(1).numpy()
         if self.policy is not None:
-            image = self.policy(image, generator)
-        pixels = np.array(image)
+            pixels = np.array(self.policy(Image.fromarray(pixels), generator))
         if generator.random() < self.erase:
             box = _erase_box(preprocess.resolution, generator)
             if box is not None:
@@ -148,15 +149,14 @@ class Augment:
                 pixels[top : top + height, left : left + width] = [round(255 * value) for value in preprocess.mean]
         return pixels
 
-    def _crop(self, image: Image.Image, preprocess: Preprocess, generator: random.Random) -> Image.Image:
+    def _crop(self, image: Picture | Image.Image, preprocess: Preprocess, generator: random.Random) -> np.ndarray:
         box = None
         if self.area is not None:
             box = inception_crop(*image.size, generator=generator, area=self.area, aspect=self.aspect)
         if box is not None:
             return crop_and_resize(image, box, preprocess)
-        image = central_image(image, preprocess)
-        if not self.pad:
-            return image
-        left, top = (integer(generator, 2 * self.pad + 1) - self.pad for _ in range(2))
-        # PIL's crop may reach outside, where it is black.
-        return image.crop((left, top, left + preprocess.resolution, top + preprocess.resolution))
+        pixels, size, pad = eval_image(image, preprocess), preprocess.resolution, self.pad
+        if not pad:
+            return pixels
+        left, top = (integer(generator, 2 * pad + 1) for _ in range(2))
+        return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))[top : top + size, left : left + size]

@@ -4,6 +4,7 @@ Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py. Results are
 TensorFlow, in tests/data/test_autoaugment.py.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -71,7 +72,12 @@ def autocontrast(image: Image.Image) -> Image.Image:
 
 def equalize(image: Image.Image) -> Image.Image:
     """Make each channel's histogram flat."""
-    return ImageOps.equalize(image)
+    # PIL's own rule, ImageOps.equalize, without its loops over levels in Python.
+    counts = np.array(image.histogram()).reshape(3, 256)
+    last = 255 - (counts[:, ::-1] > 0).argmax(axis=1)
+    steps = (image.width * image.height - counts[range(3), last])[:, None] // 255
+    tables = (steps // 2 + counts.cumsum(axis=1) - counts) // np.maximum(steps, 1)
+    return image.point(np.where(steps > 0, tables, np.arange(256)).clip(0, 255).reshape(-1).tolist())
 
 
 def invert(image: Image.Image) -> Image.Image:
@@ -155,6 +161,14 @@ def _source(a: float, b: float, c: float, x: np.ndarray, y: np.ndarray, size: in
     return values.clip(-1, size).astype(np.int32)
 
 
+# A policy has few angles and distances: v0 24, each of which comes again every few dozen images.
+@functools.lru_cache(maxsize=32)
+def _sources(width: int, height: int, a: float, b: float, c: float, d: float, e: float, f: float) -> np.ndarray:
+    """Return for each pixel where its source stands in the image that a border of one pixel was put around."""
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    return (_source(d, e, f, x, y, height) + 1) * (width + 2) + (_source(a, b, c, x, y, width) + 1)
+
+
 def _project(image: Image.Image, matrix: Sequence[float], fill: int) -> Image.Image:
     """Give each pixel (x, y) the value at (a x + b y + c, d x + e y + f), nearest neighbour, `fill` outside.
 
@@ -162,13 +176,10 @@ def _project(image: Image.Image, matrix: Sequence[float], fill: int) -> Image.Im
     another neighbour for one pixel per thousand of a rotation and ten of a shear.
     """
     width, height = image.size
-    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    a, b, c, d, e, f = matrix
     # One pixel is four bytes; a border of one fill pixel answers for all outside.
     framed = np.full((height + 2, width + 2), fill * 0x010101, dtype=np.uint32)
     framed[1:-1, 1:-1] = np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint32).reshape(height, width)
-    index = (_source(d, e, f, x, y, height) + 1) * (width + 2) + (_source(a, b, c, x, y, width) + 1)
-    pixels = framed.reshape(-1).take(index, mode="clip")
+    pixels = framed.reshape(-1).take(_sources(width, height, *map(float, matrix)), mode="clip")
     return Image.frombytes("RGB", image.size, pixels.tobytes(), "raw", "RGBX")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from effnet_train.data.backends import BACKENDS, check_backend
 from effnet_train.data.order import permutation
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import FolderSource, Source, Subset, TorchvisionSource
@@ -23,7 +24,8 @@ class Data:
     """A data set ready to read.
 
     `val` is what training is watched and selected by; `test` is None, or the untouched validation set where `val` was
-    held out of the training images. `on_error` says what a corrupt image does: `raise`, or `skip` with a count.
+    held out of the training images. `on_error` says what a corrupt image does: `raise`, or `skip` with a count;
+    `backend` is what decodes and resizes, see `backends.open_picture`.
     """
 
     train: Source
@@ -31,6 +33,7 @@ class Data:
     test: Source | None
     preprocess: Preprocess
     on_error: str
+    backend: str = BACKENDS[0]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -38,7 +41,9 @@ class Data:
         return self.train.classes
 
 
-def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int, on_error: str) -> Data:
+def assemble(
+    train: Source, val: Source, *, preprocess: Preprocess, minival: int, on_error: str, backend: str = BACKENDS[0]
+) -> Data:
     """Check that `train` and `val` belong together, and hold `minival` images out of `train` for selection."""
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
@@ -50,14 +55,15 @@ def assemble(train: Source, val: Source, *, preprocess: Preprocess, minival: int
     if len(train.classes) < 2:
         raise ValueError(f"there is one class, {train.classes[0]!r}: to tell classes apart, there must be at least two")
     _check_on_error(on_error)
+    check_backend(backend)
     if not 0 <= minival < len(train):
         raise ValueError(f"data.minival={minival} must be less than the {len(train)} training images, and not negative")
     if minival == 0:
-        return Data(train, val, None, preprocess, on_error)
+        return Data(train, val, None, preprocess, on_error, backend)
     # The split must not change with the run's seed: two runs are to be selected by the same images.
     shuffled = permutation(0, 0, len(train))
     held_out, rest = np.sort(shuffled[:minival]), np.sort(shuffled[minival:])
-    return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error)
+    return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error, backend)
 
 
 def _check_on_error(on_error: str) -> None:
@@ -73,6 +79,7 @@ def image_folders(
     val: str = "val",
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read `root/train/<class>/<image>` and `root/val/<class>/<image>`, ImageNet's layout.
@@ -84,7 +91,7 @@ def image_folders(
         raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds {train}/ and {val}/")
     sources = [FolderSource(Path(root) / split) for split in (train, val)]
     check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
 
 
 def eval_folder(
@@ -92,6 +99,7 @@ def eval_folder(
     *,
     preprocess: Preprocess,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read `root/<class>/<image>` to evaluate on: there are no training images."""
@@ -101,7 +109,8 @@ def eval_folder(
     none = Subset(val, np.arange(0))
     check_counts(root, [none, val], expected)
     _check_on_error(on_error)
-    return Data(none, val, None, preprocess, on_error)
+    check_backend(backend)
+    return Data(none, val, None, preprocess, on_error, backend)
 
 
 def torchvision_splits(
@@ -113,6 +122,7 @@ def torchvision_splits(
     preprocess: Preprocess,
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read a class of `torchvision.datasets`; `train` and `val` list the arguments of the splits each is made of.
@@ -131,7 +141,7 @@ def torchvision_splits(
 
     sources = [load(train), load(val)]
     check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
 
 
 def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
@@ -170,6 +180,7 @@ def digits(
     preprocess: Preprocess,
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read the 1,797 handwritten digits that scikit-learn carries, written to `root` once as an image folder.
@@ -178,7 +189,9 @@ def digits(
     """
     if not Path(root).is_dir():
         _write_digits(Path(root))
-    return image_folders(root, preprocess=preprocess, minival=minival, on_error=on_error, expected=expected)
+    return image_folders(
+        root, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend, expected=expected
+    )
 
 
 def _write_digits(root: Path) -> None:

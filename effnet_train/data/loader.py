@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from effnet_train.data.augment import Augment
+from effnet_train.data.backends import Picture, open_picture
 from effnet_train.data.datasets import Data
-from effnet_train.data.decode import DecodeError, decode
+from effnet_train.data.decode import DecodeError
 from effnet_train.data.order import Order
-from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
+from effnet_train.data.preprocess import eval_image, five_crops
 from effnet_train.data.sources import Source
 from effnet_train.distributed import STOP_SIGNALS
 
@@ -47,8 +48,9 @@ class DataError(ValueError):
 class _Images(Dataset[Batch]):
     """Turns a list of (index, key) into a batch; `augment` None is the evaluation transform, of 1 or 5 crops."""
 
-    def __init__(self, source: Source, preprocess: Preprocess, augment: Augment | None, crops: int = 1) -> None:
-        self.source, self.preprocess, self.augment, self.crops = source, preprocess, augment, crops
+    def __init__(self, source: Source, data: Data, augment: Augment | None, crops: int = 1) -> None:
+        self.source, self.augment, self.crops = source, augment, crops
+        self.preprocess, self.backend = data.preprocess, data.backend
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
         size = self.preprocess.resolution
@@ -73,15 +75,15 @@ class _Images(Dataset[Batch]):
             place %= len(self.source)
             try:
                 data, label = self.source.read(place)
-                image = decode(data)
+                return self._pixels(open_picture(data, self.backend), key), label
             except (DecodeError, OSError) as error:
                 errors.append(f"{self.source.name(place)}: {error}")
-                continue
-            if self.augment:
-                return self.augment(image, self.preprocess, key), label
-            pixels = eval_image if self.crops == 1 else five_crops
-            return pixels(image, self.preprocess), label
         return None
+
+    def _pixels(self, picture: Picture, key: int) -> np.ndarray:
+        if self.augment:
+            return self.augment(picture, self.preprocess, key)
+        return eval_image(picture, self.preprocess) if self.crops == 1 else five_crops(picture, self.preprocess)
 
 
 def _worker_context() -> Any:
@@ -170,7 +172,7 @@ def train_batches(
     else the next image takes its place.
     """
     parts = _MicroBatches(order, range(start, stop), accumulate)
-    for batch in _loader(_Images(data.train, data.preprocess, augment), parts, workers, pin):
+    for batch in _loader(_Images(data.train, data, augment), parts, workers, pin):
         _raise_errors(batch, data.on_error)
         if len(batch.labels) < parts.size:
             raise DataError(
@@ -198,7 +200,7 @@ def eval_batches(
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
     assert crops in (1, 5)
     batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
-    for batch in _loader(_Images(source, data.preprocess, None, crops), batches, workers, pin):
+    for batch in _loader(_Images(source, data, None, crops), batches, workers, pin):
         _raise_errors(batch, data.on_error)
         yield batch
 

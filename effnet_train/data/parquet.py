@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from effnet_train.data.archives import TarSource, class_names
+from effnet_train.data.backends import BACKENDS
 from effnet_train.data.datasets import Data, assemble, check_counts
 from effnet_train.data.parquet_files import Columns, ParquetSource, columns, find, opened, read_labels, values
 from effnet_train.data.preprocess import Preprocess
@@ -31,6 +32,7 @@ def parquet(
     cache: str | None = None,
     minival: int = 0,
     on_error: str = "raise",
+    backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
 ) -> Data:
     """Read parquet files of images and labels: a folder's, or those of the hub's `hub:owner/name[@revision]`.
@@ -53,7 +55,7 @@ def parquet(
         for source in sources:
             source.classes = names
     check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error)
+    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
 
 
 def direct(files: Sequence[str], chosen: Mapping[str, str]) -> ParquetSource:

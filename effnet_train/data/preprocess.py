@@ -1,5 +1,6 @@
 """The evaluation crop, and from pixels to the model's input: what a checkpoint must carry to be used."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,6 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from effnet_train.data.backends import FILTERS, Box, Picture, as_picture
+from effnet_train.data.decode import DecodeError
+
+_LONGEST = 100  # times the shorter side: what is scaled as a whole must not be made to fill the memory
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -40,12 +45,14 @@ class Preprocess:
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3:
                 raise ValueError(f"preprocess.{name}={list(values)} must have three values: red, green, blue")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"preprocess.{name}={list(values)} must be finite numbers")
             # Lists, as they come out of JSON and YAML, would be unequal to the same preprocessing made in Python.
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
             raise ValueError(f"preprocess.std={list(self.std)} must be positive; for no scaling give [1, 1, 1]")
-        if self.interpolation not in _filters():
-            raise ValueError(f"preprocess.interpolation={self.interpolation!r} is none of {', '.join(_filters())}")
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"preprocess.interpolation={self.interpolation!r} is none of {', '.join(FILTERS)}")
 
     def at(self, resolution: int) -> "Preprocess":
         """Return the same rule at another resolution: `resize` keeps its proportion to it, rounded down as in timm."""
@@ -57,20 +64,11 @@ class Preprocess:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def _filters() -> dict[str, Image.Resampling]:
-    names = ("bicubic", "bilinear", "nearest", "lanczos")
-    return {name: Image.Resampling[name.upper()] for name in names}
-
-
-def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], preprocess: Preprocess) -> Image.Image:
-    """Cut out the box (left, top, width, height) and scale it to the square of `preprocess.resolution`."""
-    left, top, width, height = box
-    size = (preprocess.resolution, preprocess.resolution)
-    # Cut first: PIL's resize(box=...) would let the pixels around the box bleed into its border.
-    crop = image.crop((left, top, left + width, top + height))
+def crop_and_resize(image: Picture | Image.Image, box: Box, preprocess: Preprocess) -> np.ndarray:
+    """Cut out the box (left, top, width, height) and scale it to the square of `preprocess.resolution`: (R, R, 3)."""
     # Paper's code: TensorFlow's bicubic, which does not low-pass when it shrinks. PIL's does, and it is the one that
     # every published PyTorch score of these weights was measured with.
-    return crop.resize(size, _filters()[preprocess.interpolation])
+    return as_picture(image).resized(box, (preprocess.resolution, preprocess.resolution), preprocess.interpolation)
 
 
 def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, int, int, int]:
@@ -85,33 +83,25 @@ def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, i
     return (width - side + 1) // 2, (height - side + 1) // 2, side, side
 
 
-def central_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Return the evaluation crop of an RGB image at the model's resolution."""
-    if preprocess.resize is not None:
-        return _resized_and_cropped(image, preprocess.resize, preprocess)
-    return crop_and_resize(image, central_box(*image.size, preprocess), preprocess)
-
-
-def _resized_and_cropped(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:
-    """Scale the shorter side to so many pixels and cut out the centre, to the pixel as torchvision's transforms do."""
-    image = _scaled(image, shorter, preprocess)
+def eval_image(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Return the evaluation crop of an RGB image at the model's resolution: (R, R, 3) uint8."""
+    if preprocess.resize is None:
+        return crop_and_resize(image, central_box(*image.size, preprocess), preprocess)
+    # To the pixel as torchvision's transforms do: scale, then cut out the centre.
+    size, scaled = preprocess.resolution, _scaled(image, preprocess.resize, preprocess)
     # Rounded half to even: of a margin of 1 or 5 pixels the smaller half lies on the left, of one of 3 the larger.
-    left, top = (round((side - preprocess.resolution) / 2) for side in image.size)
-    return image.crop((left, top, left + preprocess.resolution, top + preprocess.resolution))
+    top, left = (round((side - size) / 2) for side in scaled.shape[:2])
+    return scaled[top : top + size, left : left + size]
 
 
-def _scaled(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:
+def _scaled(image: Picture | Image.Image, shorter: int, preprocess: Preprocess) -> np.ndarray:
+    if max(image.size) > _LONGEST * min(image.size):
+        raise DecodeError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be scaled by their shorter side")
     width, height = (shorter * side // min(image.size) for side in image.size)
-    return image.resize((width, height), _filters()[preprocess.interpolation])
+    return as_picture(image).resized((0, 0, *image.size), (width, height), preprocess.interpolation)
 
 
-def eval_image(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """Return the evaluation pixels of an RGB image: (R, R, 3) uint8."""
-    # A copy, because PyTorch warns of the read-only array that np.asarray would give.
-    return np.array(central_image(image, preprocess))
-
-
-def five_crops(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+def five_crops(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarray:
     """Return the crops at the corners (top left, top right, bottom left, bottom right) and the centre of an RGB image.
 
     (5, R, R, 3) uint8. The shorter side is scaled to `resize` pixels, or without it to `resolution + crop_padding`, the
@@ -122,7 +112,7 @@ def five_crops(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     """
     size = preprocess.resolution
     shorter = size + preprocess.crop_padding if preprocess.resize is None else preprocess.resize
-    scaled = np.asarray(_scaled(image, shorter, preprocess))
+    scaled = _scaled(image, shorter, preprocess)
     bottom, right = scaled.shape[0] - size, scaled.shape[1] - size
     corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
     return np.stack([scaled[top : top + size, left : left + size] for left, top in corners])

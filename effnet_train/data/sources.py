@@ -53,8 +53,10 @@ class Names:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._letters[start : int(self._ends[index])].numpy().tobytes())
+        # Through numpy, which takes a number out of an array ten times as fast as torch does.
+        ends = self._ends.numpy()
+        start = ends[index - 1] if index else 0
+        return os.fsdecode(self._letters.numpy()[start : ends[index]].tobytes())
 
 
 class FolderSource:
@@ -97,7 +99,8 @@ class FolderSource:
 def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data folder {root} does not exist: set data.root to a folder with train/<class>/ and val/<class>/"
+            f"data folder {root} does not exist: set data.root to a folder with train/<class>/ and val/<class>/ "
+            "(data=eval_folder evaluates on a folder of <class>/ alone)"
         )
     classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
     if not classes:
@@ -146,18 +149,21 @@ def find_files(inputs: Sequence[str], stdin: bytes | None = None) -> Files:
     What comes through `-`, `stdin`, is one encoded image, or the paths of images and folders, one a line.
     Raises FileNotFoundError naming what is not there.
     """
-    names, content = [], b""
+    found: list[Iterable[bytes]] = []
+    content = b""
     for text in inputs:
         if text != STDIN:
-            names.append(text)
+            found.append(_images_of(text))
         elif stdin and _is_image(stdin):
-            names.append(STDIN)
+            found.append([os.fsencode(STDIN)])
             content = stdin
         else:
-            names += [os.fsdecode(line) for line in (stdin or b"").splitlines() if line.strip()]
-    if not names:
+            # Of a long list, one name may be stale: it is told in its place, when it is read.
+            lines = [line for line in (stdin or b"").splitlines() if line.strip()]
+            found += [_images_of(os.fsdecode(line)) if os.path.isdir(line) else [line] for line in lines]
+    if not found:
         raise FileNotFoundError(f"nothing came from {', '.join(inputs)}: neither an image nor paths of images")
-    return Files(itertools.chain.from_iterable(map(_images_of, names)), content)
+    return Files(itertools.chain.from_iterable(found), content)
 
 
 def _is_image(data: bytes) -> bool:
@@ -176,7 +182,7 @@ def _images_of(name: str) -> Iterable[bytes]:
         if not found:
             raise FileNotFoundError(f"the folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         return found
-    if name != STDIN and not os.path.exists(name):
+    if not os.path.exists(name):
         raise FileNotFoundError(f"{name} does not exist: give images, folders, or - for standard input")
     return [os.fsencode(name)]
 

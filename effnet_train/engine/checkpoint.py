@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -22,6 +22,9 @@ from effnet_train.models import formats, pretrained, published
 from effnet_train.models.tf_checkpoint import read_tensorflow
 
 BEST = "best.pt"
+# What a description of weights may end in that somebody else wrote, and that has not the shape it should have.
+_SHAPELESS = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError)
+_GRAPHS = (".onnx", ".pt2")
 _KEYS = ("effnet_train", "step", "model", "ema", "meta")
 EXPORT = "model.safetensors"  # the hub's name for it too
 _INDEX = ".index"  # of a TensorFlow checkpoint
@@ -274,8 +277,9 @@ def load_weights(
         )
     except CheckpointError:
         raise
-    except (ValueError, TypeError) as error:  # the latter where metadata name arguments that a network has not
-        raise CheckpointError(f"checkpoint {name or file}: {error}") from error
+    except _SHAPELESS as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"checkpoint {name or file}: {reason}") from error
     return Weights(tensors, {**meta, "preprocess": Preprocess(**meta["preprocess"]).to_dict()})
 
 
@@ -283,6 +287,8 @@ def _read(file: Path, which: str) -> tuple[Mapping[str, Tensor], dict[str, Any] 
     """Read a file's tensors and what they are; where it doesn't say, None, and the tensors under their own names."""
     if file.suffix == _INDEX:
         return read_tensorflow(file.with_suffix(""), which=which), None
+    if file.suffix in _GRAPHS:
+        raise ValueError("it is a graph for other programs, which is not read back: give what it was exported from")
     payload: Any
     header = None
     if file.suffix == ".safetensors":
@@ -295,6 +301,8 @@ def _read(file: Path, which: str) -> tuple[Mapping[str, Tensor], dict[str, Any] 
     tensors, beside = formats.state_dict_of(payload, which), pretrained.described_beside(file, "preprocess")
     if not header and beside is None:
         return tensors, None
+    if which == "raw":
+        raise ValueError("weights=raw: it holds the selected weights only; give the run's best.pt or step_*.pt")
     meta = _described(json.loads(header) if header else beside[1])  # type: ignore[index]
     names = meta.pop("names", None)
     if names is not None:  # an export, under those of the library that can read it as well
@@ -310,7 +318,8 @@ def _described(meta: Any) -> dict[str, Any]:
     lacking = [key for key, kind in kinds.items() if not isinstance(meta, dict) or not isinstance(meta.get(key), kind)]
     if lacking:
         raise ValueError(f"its metadata say nothing of its {', '.join(lacking)}")
-    return dict(meta)
+    Preprocess(**meta["preprocess"])
+    return {"data": {}, **meta}
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -329,12 +338,17 @@ def export_safetensors(path: Path, weights: Weights) -> None:
     """Write weights to `path` and what they are to its header and to a JSON file beside it."""
     from safetensors.torch import save
 
+    assert path.suffix == ".safetensors"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.tensors.items()}
     text = json.dumps(weights.meta, indent=2, sort_keys=True)
-    write_atomically(path, lambda file: _write_bytes(file, [save(tensors, {"effnet_train": text, "format": "pt"})]))
-    write_atomically(path.with_suffix(".json"), lambda file: _write_bytes(file, [text.encode(), b"\n"]))
+    write_bytes(path, save(tensors, {"effnet_train": text, "format": "pt"}))
+    write_bytes(path.with_suffix(".json"), text.encode() + b"\n")
 
 
-def _write_bytes(file: IO[bytes], parts: Iterable[bytes]) -> None:
-    for part in parts:
-        file.write(part)
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: whole, or not at all."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_atomically(path, write)

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+# The share of time spent waiting for data from which it is worth a word.
+_MUCH_WAITING = 0.1
+
 
 class ProgressLogger:
     """Print a line for each epoch and each evaluation, and show a bar on a terminal.
@@ -33,6 +36,7 @@ class ProgressLogger:
         self._epochs = float(config["epochs"])
         self._start_step, self._start_time = step, monotonic()
         self._epochs_said: int | None = None
+        self._rates = 0  # -1: said
         if sys.stderr.isatty() if self.bar is None else self.bar:
             self._tqdm = tqdm(
                 total=self._total_steps,
@@ -47,6 +51,8 @@ class ProgressLogger:
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
         """Move the bar, and print a line where one is due."""
         self._latest |= values
+        if "train/data_wait" in values:
+            self._hint(values["train/data_wait"])
         if self._epochs_said is None:  # Those before the start were said then.
             self._epochs_said = _whole(epoch * self._start_step / max(1, step))
         if self._tqdm is not None:
@@ -75,6 +81,20 @@ class ProgressLogger:
         if self._tqdm is not None:
             self._tqdm.close()
             self._tqdm = None
+
+    def _hint(self, waiting: float) -> None:
+        """Say once what helps where much time goes by waiting for data; the first share holds the workers' start."""
+        if self._rates < 0:
+            return
+        self._rates += 1
+        if self._rates > 1 and waiting > _MUCH_WAITING:
+            self._rates = -1
+            share = f"{waiting:.0%}".replace("%", " %")
+            text = (
+                f"hint: {share} of the time is spent waiting for data; what helps: more workers=, "
+                "data.backend=simplejpeg or nvimgcodec, images stored at a smaller size, or a faster disk"
+            )
+            tqdm.write(text, file=sys.stderr)
 
     def _left(self, step: int) -> str | None:
         steps = step - self._start_step

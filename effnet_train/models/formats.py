@@ -115,7 +115,7 @@ def to_ours(tensors: Mapping[str, Tensor], fmt: str, like: Mapping[str, Tensor])
             wrong += [] if name.endswith(_COUNTER) else [f"{theirs[name]} is missing"]
         elif found.shape != own.shape:
             wrong.append(f"{theirs[name]} is {tuple(found.shape)}, not {tuple(own.shape)}")
-        elif found.is_floating_point() != own.is_floating_point():
+        elif found.is_floating_point() != own.is_floating_point() and not name.endswith(_COUNTER):
             wrong.append(f"{theirs[name]} is {str(found.dtype).removeprefix('torch.')}, not a floating-point number")
     wrong += [f"{name} is not part of it" for name in sorted(set(tensors) - set(theirs.values()))]
     if wrong:
@@ -186,10 +186,13 @@ def state_dict_of(payload: object, which: str) -> dict[str, Tensor]:
     """
     if not isinstance(payload, Mapping):
         raise ValueError(f"it holds a {type(payload).__name__}, not a state dict")
-    other = "raw" if which == "ema" else "ema"
-    for key in (*_WRAPPERS[which], *_WRAPPERS[other]):
+    # Where there are no averages, the weights are what was to be evaluated; but averages are not the raw weights.
+    for key in (*_WRAPPERS[which], *(_WRAPPERS["raw"] if which == "ema" else ())):
         if isinstance(payload.get(key), Mapping):
             return state_dict_of(payload[key], which)
+    averages = [key for key in _WRAPPERS["ema"] if isinstance(payload.get(key), Mapping)]
+    if averages:
+        raise ValueError(f"weights=raw: it holds averages only ({averages[0]}): use weights=ema")
     # torch's own averaged model counts its updates.
     tensors = {str(key): value for key, value in payload.items() if key != "n_averaged"}
     plain = [name for name, value in tensors.items() if not isinstance(value, Tensor)]

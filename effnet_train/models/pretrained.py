@@ -14,6 +14,7 @@ from effnet_train.models import formats, published
 # The names that the hub's config.json stands beside; any other file has a .json of its own name.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HARMLESS_ARGUMENTS = {"num_classes", "drop_rate", "drop_path_rate"}  # they change no logit in evaluation
+_USUAL_ARGUMENTS = {"in_chans": 3, "global_pool": "avg"}  # timm writes them down also where they are as always
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ def evident_origin(file: Path, name: str | None = None) -> Origin | None:
 
 def described_beside(file: Path, key: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the JSON file beside `file` that describes it, by `key` and more, and its contents. Raises ValueError."""
-    beside = [file.with_suffix(".json"), *([file.parent / "config.json"] if file.name in _HUB_FILES else [])]
+    beside = [
+        Path(f"{file}.json"),
+        file.with_suffix(".json"),
+        *([file.parent / "config.json"] if file.name in _HUB_FILES else []),
+    ]
     for path in beside:
         if not path.is_file():
             continue
@@ -132,7 +137,11 @@ def _described_origin(path: Path, described: Mapping[str, Any]) -> Origin:
     """Return the origin that a model's config.json, as timm writes them, tells of."""
     architecture = str(described["architecture"])
     cfg = {"tag": None, **described.get("pretrained_cfg", described), "architecture": architecture}
-    arguments = sorted(described.get("model_args", {}).keys() - _HARMLESS_ARGUMENTS)
+    arguments = sorted(
+        f"{key}={value}"
+        for key, value in (described.get("model_args") or {}).items()
+        if key not in _HARMLESS_ARGUMENTS and _USUAL_ARGUMENTS.get(key, ...) != value
+    )
     if arguments:
         raise ValueError(f"{path} asks for a changed network, which is not offered here: {', '.join(arguments)}")
     labels = described.get("label_names") or cfg.get("label_names")
@@ -162,7 +171,7 @@ def interpret(
         converted = formats.to_ours(tensors, fmt, formats.skeleton(config, classes))
     except ValueError as error:
         raise ValueError(f"its tensors have {kind}'s names, but even from {variant}, the closest, {error}") from error
-    origin = _settled(given, found, kind, variant, lite=config["se_ratio"] == 0)
+    origin = _settled(given, found, kind, variant, lite=config["se_ratio"] == 0, classes=classes)
     model, preprocess = _settings(origin, variant, config, classes)
     labels = list(origin.labels or class_names(classes))
     if len(labels) != classes:
@@ -186,8 +195,10 @@ def class_names(count: int) -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
-def _settled(given: Origin | None, found: Origin | None, kind: str, variant: str, *, lite: bool) -> Origin:
-    """Return the origin that all that is known agrees on."""
+def _settled(
+    given: Origin | None, found: Origin | None, kind: str, variant: str, *, lite: bool, classes: int
+) -> Origin:
+    """Return the origin that all that is known agrees on; of other than ImageNet's classes no names tell it."""
     choices = _choices(kind, variant, lite=lite)
     for origin in (given, found):
         if origin is not None and origin.source not in choices:
@@ -201,7 +212,7 @@ def _settled(given: Origin | None, found: Origin | None, kind: str, variant: str
         return found if found.cfg or not given.cfg else given
     if given is not None or found is not None:
         return given or found  # type: ignore[return-value]
-    if len(choices) == 1:
+    if len(choices) == 1 and classes == 1000:
         return Origin(choices[0], "the tensors' names")
     raise ValueError(
         f"the tensors are {variant}'s under {kind}'s names, which does not say how images are padded and normalised: "

@@ -159,19 +159,43 @@ def fetch(name: str) -> Path:
             return _download(name, cfg["url"])
         return _from_hub(name, cfg["hf_hub_id"], "model.safetensors", None)
     repository, _, revision = rest.partition("@")
-    file = _from_hub(name, repository, "model.safetensors", revision or None)
-    with suppress(FileNotFoundError):  # our own exports need none
-        _from_hub(name, repository, "config.json", revision or None)  # which then lies beside the weights
+    if repository.count("/") != 1:
+        raise ValueError(f"{name} names no repository: give hub:owner/name")
+    try:
+        file = _from_hub(name, repository, "model.safetensors", revision or None)
+    except AbsentError:
+        file = _from_hub(name, repository, "pytorch_model.bin", revision or None)
+    if not _says_all(file):
+        with suppress(AbsentError):
+            _from_hub(name, repository, "config.json", revision or None)  # which then lies beside the weights
     return file
+
+
+def _says_all(file: Path) -> bool:
+    """Say whether weights are an export of ours, which needs no config.json."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "effnet_train" in (opened.metadata() or {})
+    except SafetensorError:  # another kind of file, or a damaged one, as reading it will tell
+        return False
+
+
+class AbsentError(FileNotFoundError):
+    """A file that a repository of the hub does not have."""
 
 
 def _from_hub(name: str, repository: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    where = f"{constants.ENDPOINT}/{repository}"
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
-    except (OSError, ValueError) as error:
-        where = f"{constants.ENDPOINT}/{repository}"
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise AbsentError(f"{name}: {where} has no {file}") from error
         raise _unfetched(name, f"{file} of {where}", f"{constants.HF_HUB_CACHE} (HF_HOME)", error) from error
 
 

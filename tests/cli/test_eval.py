@@ -170,6 +170,8 @@ def test_a_hostile_file_cannot_run_code(cli: Cli, run: Path, tmp_path: Path) -> 
         "effnet_train.models.efficientnet.checkpoint",
         "effnet_train.data.datasets._write_digits",
         "effnet_train.cli.train.main",
+        "effnet_train.models.published.fetch",
+        "effnet_train.models.nope.X",
         "${oc.env:HOME}",
     ],
 )
@@ -178,6 +180,30 @@ def test_hostile_targets_are_refused(cli: Cli, target: str) -> None:
         with pytest.raises((ValueError, ImportError)) as refused:
             build.check_targets(place, "x.pt")
         assert target.rpartition(".")[0] in str(refused.value)
+
+
+def test_what_may_be_called_stands_in_its_own_place_alone() -> None:
+    model, data = "effnet_train.models.efficientnet.EfficientNet", "effnet_train.data.datasets.digits"
+    preprocess = {"_target_": "effnet_train.data.preprocess.Preprocess", "resolution": 32}
+    build.check_targets({"model": {"_target_": model}, "data": {"_target_": data, "preprocess": preprocess}}, "x.pt")
+    for meta in (
+        {"model": {"_target_": data}},
+        {"data": {"_target_": model}},
+        {"model": {"_target_": model, "width": {"_target_": model}}},
+        {"data": {"_target_": data, "root": preprocess}},
+        {"preprocess": preprocess},
+    ):
+        with pytest.raises(ValueError, match="is no model or data set of effnet_train: refused"):
+            build.check_targets(meta, "x.pt")
+
+
+def test_nothing_is_made_where_a_file_says(cli: Cli, run: Path) -> None:
+    payload = load_checkpoint(run / "best.pt")
+    payload["meta"]["data"]["root"] = "chosen/by/it"
+    torch.save(payload, "hostile.pt")
+    message = "hostile.pt was trained on data.root=chosen/by/it, which is not here: give data.root=..."
+    assert_refused(cli("eval", "checkpoint=hostile.pt", *ONE), message)
+    assert not Path("chosen").exists()
 
 
 def test_a_hostile_target_in_a_checkpoint_is_refused(cli: Cli, run: Path) -> None:

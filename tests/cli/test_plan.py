@@ -1,5 +1,6 @@
 """`dry_run=true` says what a run would be and leaves nothing behind."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,16 @@ def test_a_dry_run_says_that_a_run_would_go_on_and_what_a_batch_lacks(cli: Cli, 
     assert "(holds a run: it would go on)" in cli("train", *tiny, "dry_run=true").out
     large = cli("train", *tiny, "name=large", "batch_size=100", "dry_run=true").out
     assert "WARNING: batch_size=100 is more than the 80 training images" in large
+
+
+def test_a_dry_run_looks_at_what_a_run_would_start_from(cli: Cli, tiny: list[str]) -> None:
+    assert cli("train", *tiny).status == 0
+    done = cli("train", *tiny, "name=next", "init_from=run", "dry_run=true")
+    assert re.search(r"weights +from run\n", done.out)
+    for changes, message in (
+        (["init_from=nowhere"], "nowhere does not exist"),
+        (["init_from=run", "model.width=0.5"], "init_from=run holds weights of another model"),
+    ):
+        done = cli("train", *tiny, "name=next", *changes, "dry_run=true")
+        assert done.status == 2
+        assert message in done.err

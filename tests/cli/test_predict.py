@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 
 from effnet_train.cli import build
 from effnet_train.cli.predict import split_words
-from effnet_train.data.decode import decode
+from effnet_train.data.backends import BACKENDS, open_picture
 from effnet_train.data.preprocess import Preprocess, eval_image, normalize
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_weights
@@ -37,7 +37,7 @@ def expected(run: Path, file: Path) -> np.ndarray:
     """Return the probabilities of an image, by hand."""
     model, meta = build.load_model(str(run), Session())
     preprocess = Preprocess(**meta["preprocess"])
-    pixels = torch.from_numpy(eval_image(decode(file.read_bytes()), preprocess))[None]
+    pixels = torch.from_numpy(eval_image(open_picture(file.read_bytes(), "simplejpeg"), preprocess))[None]
     with torch.no_grad():
         return model(normalize(pixels, preprocess.mean, preprocess.std)).softmax(1)[0].numpy()
 
@@ -256,7 +256,9 @@ def test_published_weights_say_of_photographs_what_timm_says(
     assert len(rows(done)) == 6
     preprocess = Preprocess(resolution=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     for row in rows(done):
-        pixels = torch.from_numpy(eval_image(decode(Path(row["file"]).read_bytes()), preprocess))[None]
+        pixels = torch.from_numpy(eval_image(open_picture(Path(row["file"]).read_bytes(), BACKENDS[0]), preprocess))[
+            None
+        ]
         with torch.no_grad():
             shares, indices = network(normalize(pixels, preprocess.mean, preprocess.std)).softmax(1)[0].topk(5)
         assert [entry["class"] for entry in row["top"]] == [synsets.index_to_label_name(int(i)) for i in indices]
@@ -270,3 +272,18 @@ def test_help_names_the_inputs(cli: Cli) -> None:
     done = cli("predict", "--help")
     assert "effnet-predict [IMAGE | FOLDER | -]... checkpoint=...: the likeliest classes of images." in done.out
     assert io.StringIO(done.out).readline()
+
+
+def test_one_stale_name_of_a_list_costs_no_other(trained: Path, photos: Path) -> None:
+    listed = run(["-", f"checkpoint={trained}", *ONE], b"gone.png\ne.png\n", photos)
+    assert listed.returncode == 1
+    gone, found = map(json.loads, listed.stdout.splitlines())
+    assert gone["file"] == "gone.png"
+    assert "No such file" in gone["error"]
+    assert found["top"]
+
+
+def test_a_class_to_map_without_maps_is_a_slip(cli: Cli, trained: Path, photos: Path) -> None:
+    done = cli("predict", str(photos), f"checkpoint={trained}", "cam_class=3")
+    assert done.status == 2
+    assert "cam_class=3 has no effect without cam=FOLDER" in done.err

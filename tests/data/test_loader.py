@@ -10,8 +10,8 @@ from PIL import Image
 
 from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment
+from effnet_train.data.backends import open_picture
 from effnet_train.data.datasets import Data, image_folders
-from effnet_train.data.decode import decode
 from effnet_train.data.loader import DataError, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
@@ -114,7 +114,7 @@ def test_a_batch_is_the_order_decoded_and_augmented(image_root):
         assert batch.keys.tolist() == keys.tolist()
         assert batch.labels.tolist() == [data.train.read(index)[1] for index in indices]
         for pixels, index, key in zip(batch.images, indices, keys, strict=True):
-            expected = AUGMENT(decode(data.train.read(index)[0]), PREPROCESS, int(key))
+            expected = AUGMENT(open_picture(data.train.read(index)[0], data.backend), PREPROCESS, int(key))
             np.testing.assert_array_equal(pixels.numpy(), expected)
 
 
@@ -173,7 +173,7 @@ def test_evaluation_does_not_depend_on_workers(image_root, workers):
 def test_evaluation_takes_the_central_crop(image_root):
     data = image_folders(str(image_root), preprocess=PREPROCESS)
     images = torch.cat([batch.images for batch in eval_batches(data.val, data, batch_size=5)])
-    expected = [eval_image(decode(data.val.read(i)[0]), PREPROCESS) for i in range(len(data.val))]
+    expected = [eval_image(open_picture(data.val.read(i)[0], data.backend), PREPROCESS) for i in range(len(data.val))]
     np.testing.assert_array_equal(images.numpy(), np.stack(expected))
 
 
@@ -184,7 +184,7 @@ def test_evaluation_takes_five_crops(image_root):
     assert [batch.images.shape for batch in batches] == [(4, 5, 16, 16, 3), (5, 5, 16, 16, 3), (2, 5, 16, 16, 3)]
     keys = torch.cat([batch.keys for batch in batches]).tolist()
     assert keys == [index for index in range(12) if index != 2]
-    expected = [five_crops(decode(data.val.read(i)[0]), PREPROCESS) for i in keys]
+    expected = [five_crops(open_picture(data.val.read(i)[0], data.backend), PREPROCESS) for i in keys]
     np.testing.assert_array_equal(torch.cat([batch.images for batch in batches]).numpy(), np.stack(expected))
 
 

@@ -14,7 +14,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms import FiveCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as tv
 
-from effnet_train.data.decode import decode
+from effnet_train.data.decode import DecodeError, decode
 from effnet_train.data.preprocess import (
     Preprocess,
     central_box,
@@ -203,3 +203,11 @@ def test_survives_json_and_pickle_and_hashes() -> None:
 def test_wrong_values_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocess(**{"resolution": 224, **wrong})
+
+
+def test_an_image_too_thin_to_be_scaled_is_a_corrupt_one():
+    """A few hundred bytes must not ask for gigabytes."""
+    thin = Image.new("RGB", (60_000, 1))
+    assert eval_image(thin, Preprocess(8)).shape == (8, 8, 3)  # what cuts first has no such trouble
+    with pytest.raises(DecodeError, match="60000 x 1 pixels are too thin to be scaled by their shorter side"):
+        eval_image(thin, Preprocess(8, resize=9))

@@ -21,7 +21,12 @@ from effnet_train.engine.checkpoint import (
     write_atomically,
 )
 
-META = {"model": {"_target_": "m"}, "preprocess": {"mean": [0.5, 0.25, 0.1]}, "classes": ["a", "b"], "data": {}}
+META = {
+    "model": {"_target_": "m"},
+    "preprocess": {"resolution": 8, "mean": [0.5, 0.25, 0.1]},
+    "classes": ["a", "b"],
+    "data": {},
+}
 
 
 def payload(step: int = 3) -> dict[str, Any]:
@@ -172,8 +177,16 @@ def test_raw_and_averaged_weights_and_the_export_agree(tmp_path: Path) -> None:
         ("{}", "its metadata say nothing of its model, preprocess, classes"),
         ("[]", "its metadata say nothing of its model"),
         ("nonsense", "Expecting value"),
-        ('{"model": {}, "preprocess": {}, "classes": ["a"], "names": "keras"}', "the names of 'keras', which is not"),
-        ('{"model": {"_x": 1}, "preprocess": {}, "classes": ["a"], "names": "timm"}', "unexpected keyword argument"),
+        ('{"model": {}, "preprocess": {"resolution": 8, "std": [NaN, 1, 1]}, "classes": []}', "must be finite numbers"),
+        ('{"model": {}, "preprocess": {"size": 8}, "classes": []}', "unexpected keyword argument 'size'"),
+        (
+            '{"model": {}, "preprocess": {"resolution": 8}, "classes": ["a"], "names": "keras"}',
+            "the names of 'keras', which is not",
+        ),
+        (
+            '{"model": {"_x": 1}, "preprocess": {"resolution": 8}, "classes": ["a"], "names": "timm"}',
+            "unexpected keyword argument",
+        ),
     ],
 )
 def test_metadata_that_say_too_little_or_nonsense(tmp_path: Path, meta: str, message: str) -> None:

@@ -257,6 +257,19 @@ def test_a_resumed_run_does_not_repeat_the_epoch(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("epoch 2/30  step 8/8  loss 1.000")
 
 
+def test_much_waiting_for_data_is_said_once(tmp_path, capsys):
+    logger = ProgressLogger()
+    logger.open(tmp_path, step=0, evaluated=0, config={"total_steps": 100, "epochs": 3})
+    heard = []
+    for step, share in enumerate((0.9, 0.1, 0.101, 0.5), start=1):
+        logger.scalars(step, {"train/loss": 1.0, "train/data_wait": share}, epoch=step / 100)
+        heard.append(capsys.readouterr().err)
+    assert heard[:2] == ["", ""]  # the workers' start; and not over a tenth
+    assert heard[2].startswith("hint: 10 % of the time is spent waiting for data; what helps: more workers=")
+    assert "data.backend=" in heard[2]
+    assert heard[3] == ""
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [

@@ -220,7 +220,6 @@ OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
         ({"state_dict": STATE, "state_dict_ema": OTHER}, "raw", STATE),
         ({"model": STATE, "model_ema": {"n_averaged": torch.tensor(4), **OTHER}, "args": None}, "ema", OTHER),
         ({"model": STATE, "model_ema": OTHER}, "raw", STATE),
-        ({"state_dict_ema": OTHER}, "raw", OTHER),
         ({"model": {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}}}, "ema", STATE),
     ],
 )
@@ -228,6 +227,11 @@ def test_what_scripts_put_around_a_state_dict_is_taken_off(payload: Any, which: 
     found = state_dict_of(payload, which)
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_averages_are_not_the_raw_weights() -> None:
+    with pytest.raises(ValueError, match=r"weights=raw: it holds averages only \(state_dict_ema\): use weights=ema"):
+        state_dict_of({"state_dict_ema": OTHER}, "raw")
 
 
 @pytest.mark.parametrize(

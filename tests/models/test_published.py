@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from effnet_train.data.preprocess import Preprocess
 from effnet_train.engine.checkpoint import Weights, export_safetensors
 from effnet_train.models.published import fetch, is_name
 
@@ -113,7 +114,9 @@ def test_the_hub_is_asked_once_and_the_cache_then(hub: tuple[str, Path, list[str
     address, root, requests = hub
     total = publish(root / "someone" / "b0", "tf_efficientnet_b0.ap_in1k", label_names=list("abcdefghij"))
     timms = publish(root / "timm" / "efficientnet_b0.ra_in1k", "efficientnet_b0.ra_in1k")
-    own = Weights({"classifier.bias": torch.ones(3)}, {"source": "our own export", "classes": ["a", "b", "c"]})
+    preprocess = Preprocess(resolution=32).to_dict()
+    described = {"model": {"width": 1.0}, "preprocess": preprocess, "classes": ["a", "b", "c"], "data": {}}
+    own = Weights({"classifier.bias": torch.ones(3)}, {"source": "our own export", **described})
     (root / "someone" / "ours").mkdir()
     export_safetensors(root / "someone" / "ours" / "model.safetensors", own)
     names = (

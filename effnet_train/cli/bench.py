@@ -1,0 +1,95 @@
+"""`effnet-bench JOB ...`: measure speeds beside other libraries'. The first word says what, the rest is Hydra's."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+
+
+def main() -> None:
+    """Measure what the first word names."""
+    words = sys.argv[1:]
+    if words and words[0] in JOBS:
+        del sys.argv[1]
+        command(f"bench_{words[0]}", JOBS[words[0]])()
+    elif words and words[0] not in ("-h", "--help"):
+        print(f"effnet-bench: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+    else:
+        lines = [f"  effnet-bench {name:6} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
+        usage = "effnet-bench JOB [key=value ...]: measure speeds beside other libraries'."
+        print("\n".join([usage, "", *lines, "", "JOB --help tells more."]))
+        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+
+
+def data(cfg: DictConfig) -> None:
+    """Measure reading, decoding and augmenting: images per second and core, memory, waiting for the first batch."""
+    import torch
+
+    from effnet_train.analysis import data_speed
+    from effnet_train.cli import check
+    from effnet_train.data.backends import check_backend
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.BENCH_DATA)
+    for key, right in (
+        ("jobs", lambda job: job in ("train", "eval")),
+        ("workers", lambda n: type(n) is int and n >= 0),
+    ):
+        wrong = [value for value in config[key] if not right(value)]
+        if wrong:
+            raise ValueError(
+                f"{key} has {wrong[0]!r}: give jobs=[train,eval] or one of them, workers=[0,1,2] or others"
+            )
+    for backend in config["backends"]:
+        check_backend(backend)
+    root, size, first = config["data"]["root"], config["batch_size"], (config["backends"] or ["pillow"])[0]
+    torch.set_num_threads(1)  # speeds are those of a core
+    result: dict[str, Any] = {"machine": data_speed.machine(), "root": root, "rows": []}
+    measured = data_speed.contenders(config["backends"])
+    for job in config["jobs"]:
+        for workers in config["workers"]:
+            rows = data_speed.compare(
+                root,
+                measured,
+                train=job == "train",
+                workers=workers,
+                rounds=config["rounds"],
+                seconds=config["seconds"],
+                batch_size=size,
+            )
+            result["rows"] += rows
+            print(_table(rows), flush=True)
+    if config["index"]:
+        waited = data_speed.waiting(root, backend=first, images=config["index"], batch_size=size)
+        result["waiting_s"] = {"images": config["index"], **waited}
+        text = "first batch of {images:,} images after {start} s; resumed at the middle after {resume} s"
+        print(text.format(**result["waiting_s"]))
+    if config["reads"]:
+        result["memory"] = data_speed.memory(root, backend=first, reads=config["reads"], batch_size=size)
+        text = "memory after a tenth of {reads:,} reads {after_a_tenth_mib} MiB, at the end {end_mib}, peak {peak_mib}"
+        print(text.format(**result["memory"]))
+    if config["output"]:
+        file = Path(config["output"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {file}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    title = f"{rows[0]['job']}, workers={rows[0]['workers']}"
+    lines = (
+        f"  {row['name']:24} {row['images_per_s']:9,.0f} {row['per_core']:9,.0f} {row['ratio']:7.2f}" for row in rows
+    )
+    return "\n".join([f"{title:26} {'images/s':>9} {'per core':>9} {'x timm':>7}", *lines])
+
+
+JOBS = {"data": data}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""`effnet-data JOB ...`: look after data sets. The first word says what to do, all that follows is Hydra's."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+
+_PROBLEMS_EXIT_CODE = 1
+
+
+def main() -> None:
+    """Run the job that the first word names."""
+    words = sys.argv[1:]
+    if words and words[0] in JOBS:
+        del sys.argv[1]
+        command(f"data_{words[0]}", JOBS[words[0]])()
+    elif not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    else:
+        print(f"effnet-data: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+
+
+def _usage() -> str:
+    lines = [f"  effnet-data {name:8} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
+    return "\n".join(
+        ["effnet-data JOB [key=value ...]: look after data sets.", "", *lines, "", "JOB --help tells more."]
+    )
+
+
+def verify(cfg: DictConfig) -> None:
+    """Read every image and say what is wrong.
+
+    Raises SystemExit(1) where there are problems.
+    """
+    from effnet_train.cli import check
+    from effnet_train.data.prepare import damaged
+    from effnet_train.data.verify import KINDS, NOTES, report_lines
+    from effnet_train.data.verify import verify as read_all
+
+    config = _plain(cfg, resolution=1)
+    check.check_config(config, check.DATA_VERIFY)
+    wrong = [kind for kind in config["ignore"] if kind not in KINDS or kind in NOTES]
+    if wrong:
+        problems = [kind for kind in KINDS if kind not in NOTES]
+        raise ValueError(f"ignore={wrong[0]} is no kind of problem: choose among {', '.join(problems)}")
+    if config["report"]:
+        _check_folder_of("report", Path(config["report"]))
+    expected = config["data"].get("expected")
+    splits = _splits(config["data"])
+    report = read_all(
+        splits, expected=expected, min_side=config["min_side"], workers=_workers(config["workers"], splits)
+    )
+    if damage := damaged(Path(str(config["data"].get("root", "")))):
+        report["problems"] = {"damaged": damage} | report["problems"]
+    for kind in config["ignore"]:
+        report["notes"] |= {kind: report["problems"].pop(kind)} if kind in report["problems"] else {}
+    if config["report"]:
+        Path(config["report"]).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n".join(report_lines(report)))
+    if report["problems"]:
+        raise SystemExit(_PROBLEMS_EXIT_CODE)
+
+
+def stats(cfg: DictConfig) -> None:
+    """Measure sizes, shapes and colours of the images."""
+    from effnet_train.analysis.data_pictures import histograms
+    from effnet_train.cli import check
+    from effnet_train.data.preprocess import Preprocess
+    from effnet_train.data.statistics import measure, statistics_lines
+
+    config = _plain(cfg, resolution=cfg.resolution)
+    check.check_config(config, check.DATA_STATS)
+    for key in ("output", "picture"):
+        if config[key]:
+            _check_folder_of(key, Path(config[key]))
+    splits = _splits(config["data"])
+    if config["split"] not in splits:
+        raise ValueError(f"split={config['split']} has no images: choose {' or '.join(splits)}")
+    source = splits[config["split"]]
+    arguments = {key: value for key, value in config["data"]["preprocess"].items() if key != "_target_"}
+    workers = _workers(config["workers"], {"": source})
+    found, table = measure(source, Preprocess(**arguments), count=config["count"], workers=workers)
+    if config["output"]:
+        Path(config["output"]).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config["picture"]:
+        histograms(table, found, Path(config["picture"]))
+    print("\n".join(statistics_lines(found)))
+
+
+def show(cfg: DictConfig) -> None:
+    """Picture training samples as a run sees them."""
+    from effnet_train.analysis.data_pictures import contact_sheet
+    from effnet_train.analysis.details import readable_names
+    from effnet_train.cli import build, check
+    from effnet_train.distributed import Session
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.DATA_SHOW)
+    output = Path(config["output"])
+    _check_folder_of("output", output)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"output={output} must end in .png, .jpg or .webp")
+    data = build.build_data(config["data"], Session())
+    images, labels = _samples(config, data)
+    names = readable_names(data.classes)
+    size = data.preprocess.resolution
+    title = (
+        f"{len(data.train):,} training images of {len(data.classes):,} classes, at {size} x {size}: seed "
+        f"{config['seed']}, batches of {config['batch_size']:,} from step {config['step']:,} on"
+    )
+    contact_sheet(images, [names[label] for label in labels], title).save(output)
+    print(f"{output}: {len(images)} samples, {title}")
+
+
+def _samples(config: Mapping[str, Any], data: Any) -> tuple[list[Any], list[int]]:
+    """Return pixels and labels of the first samples that a run draws from a step on."""
+    from hydra.utils import instantiate
+
+    from effnet_train.data.loader import train_batches
+    from effnet_train.data.order import Order
+
+    augment = instantiate(config["augment"], _convert_="all")
+    count, size = config["count"], config["batch_size"]
+    steps = range(config["step"], config["step"] + -(-count // size))
+    order = Order(len(data.train), size, config["seed"])
+    # In as small pieces as the batch falls into: no more is decoded than is shown.
+    batches = train_batches(data, augment, order, start=steps.start, stop=steps.stop, accumulate=size)
+    found = [(batch.images[0].numpy(), int(batch.labels[0])) for _, batch in zip(range(count), batches, strict=False)]
+    return [pixels for pixels, _ in found], [label for _, label in found]
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Write ImageNet's official archives as shards or folders."""
+    _write(cfg)
+
+
+def convert(cfg: DictConfig) -> None:
+    """Write any data set as shards or folders."""
+    _write(cfg)
+
+
+def _write(cfg: DictConfig) -> None:
+    from effnet_train.cli import check
+    from effnet_train.data.prepare import Options, summary_lines, write
+
+    config = _plain(cfg, resolution=1)
+    check.check_config(config, check.DATA_WRITE)
+    options = Options(**{key: config[key] for key in ("to", "images", "seed", "resize", "quality", "subsampling")})
+    data, output = config["data"], Path(config["output"])
+    splits = _splits(data, expected=data.get("expected"))
+    # What does not make other images of them: where they lie, how their index is kept.
+    aside = ("root", "cache", "backend", "on_error", "preprocess", "minival", "expected")
+    manifest = write(
+        splits,
+        output,
+        options,
+        source={key: value for key, value in data.items() if key not in aside},
+        on_error=data.get("on_error", "raise"),
+        workers=_workers(config["workers"], splits),
+    )
+    print("\n".join(summary_lines(output, manifest)))
+    print(f"{output}: data={options.to} data.root={output}")
+
+
+def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:
+    """Return the plain configuration; the data set's preprocessing is for images of `resolution` pixels."""
+    given: Any = OmegaConf.merge({"model": {"resolution": resolution}}, cfg)
+    config: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+    return {key: value for key, value in config.items() if key != "model"}
+
+
+def _splits(data: Mapping[str, Any], expected: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Build the data set's train and val, whole; where `expected` is None, however many images they hold."""
+    from effnet_train.cli import build
+    from effnet_train.distributed import Session
+
+    whole = {"expected": expected, "minival": 0}
+    built = build.build_data({**data, **{key: value for key, value in whole.items() if key in data}}, Session())
+    return {name: source for name, source in (("train", built.train), ("val", built.val)) if len(source)}
+
+
+def _workers(workers: int | str, splits: Mapping[str, Any]) -> int:
+    """Return how many processes read: the CPUs, but none for a few images."""
+    if workers != "auto":
+        return int(workers)
+    few = sum(map(len, splits.values())) < 200
+    return 0 if few else len(os.sched_getaffinity(0))
+
+
+def _check_folder_of(key: str, path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
+
+
+JOBS: Mapping[str, Callable[[DictConfig], None]] = {
+    "verify": verify,
+    "stats": stats,
+    "show": show,
+    "prepare": prepare,
+    "convert": convert,
+}
+
+if __name__ == "__main__":
+    main()

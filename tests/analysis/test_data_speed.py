@@ -1,0 +1,99 @@
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effnet_train.analysis import data_speed
+from effnet_train.cli import bench
+
+# timm leaves files open, and torchvision says that its decoder is to go.
+WARNINGS = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:The image decoding:DeprecationWarning"
+)
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """Return a folder of two classes with three JPEGs each."""
+    for number in range(6):
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(256, size=(240, 260, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+@WARNINGS
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", list(data_speed.contenders(["simplejpeg", "pillow"])))
+def test_each_gives_batches_without_end(jpegs, name, train):
+    batches = data_speed.contenders(["simplejpeg", "pillow"])[name](str(jpegs), train, 4, 0)
+    assert list(itertools.islice(batches, 4)) == [4, 4, 4, 4]
+
+
+def test_ratios_are_to_timms_speed_in_the_same_round(monkeypatch, jpegs):
+    clock = [0.0]
+
+    def advance(seconds):
+        while True:
+            clock[0] += seconds
+            yield 10
+
+    monkeypatch.setattr(data_speed, "perf_counter", lambda: clock[0])
+    measured = {"timm": lambda *_: advance(0.4), "double": lambda *_: advance(0.2)}
+    rows = data_speed.compare(str(jpegs), measured, train=True, workers=2, rounds=3, seconds=1, batch_size=10)
+    assert [row["name"] for row in rows] == ["timm", "double"]
+    assert [row["images_per_s"] for row in rows] == [25.0, 50.0]
+    assert [row["per_core"] for row in rows] == [12.5, 25.0]
+    assert [row["ratio"] for row in rows] == [1.0, 2.0]
+
+
+def test_memory_and_waiting(jpegs):
+    found = data_speed.memory(str(jpegs), backend="simplejpeg", reads=40, batch_size=4)
+    assert found["reads"] == 40
+    assert 50 < found["after_a_tenth_mib"] <= found["peak_mib"]
+    waited = data_speed.waiting(str(jpegs), backend="simplejpeg", images=1000, batch_size=4)
+    assert set(waited) == {"start", "resume"}
+    assert min(waited.values()) > 0
+
+
+@WARNINGS
+def test_the_command_writes_what_it_prints(jpegs, tmp_path, monkeypatch, capsys):
+    words = [
+        *("data", f"data.root={jpegs}", "jobs=[eval]", "workers=[0]", "backends=[simplejpeg]", "rounds=1"),
+        *("seconds=0.05", "batch_size=2", "reads=0", "index=0", f"output={tmp_path / 'out' / 'speed.json'}"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["effnet-bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    threads = torch.get_num_threads()
+    bench.main()
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["timm", "torchvision", "torchvision tensors", "ours, simplejpeg"]
+    assert result["machine"]["packages"]["timm"][0].isdigit()
+    assert "x timm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ([], 2, "effnet-bench JOB"),
+        (["--help"], 0, "effnet-bench data "),
+        (["dat"], 2, "dat is no job: give one of data first"),
+        (["data", "data.root=x", "jobs=[training]"], 2, "jobs has 'training': give jobs=[train,eval]"),
+        (["data", "data.root=x", "backends=[turbo]"], 2, "data.backend=turbo is not known"),
+        (["data", "data.root=nowhere"], 2, "nowhere does not exist"),
+    ],
+)
+def test_words(monkeypatch, capsys, words, status, message):
+    monkeypatch.setattr(sys, "argv", ["effnet-bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    assert left.value.code == status
+    shown = capsys.readouterr()
+    assert message in shown.out + shown.err

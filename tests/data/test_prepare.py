@@ -1,0 +1,299 @@
+import fcntl
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effnet_train.data import prepare
+from effnet_train.data.archives import shards
+from effnet_train.data.decode import decode
+from effnet_train.data.prepare import Options, damaged, shrink, write
+from effnet_train.data.preprocess import Preprocess
+from effnet_train.data.sources import FolderSource, Subset
+
+SOURCE = {"made": "here"}
+
+
+@pytest.fixture
+def photos(imagenet_jpegs, tmp_path):
+    """Return real images: train/ with three classes, 23 images in all, val/ with the same, 8 images."""
+    root = tmp_path / "photos"
+    for place, data in enumerate(list(imagenet_jpegs.values())[:31]):
+        folder = root / ("train" if place < 23 else "val") / ("ant", "bee", "cow")[place % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place:02d}.JPEG").write_bytes(data)
+    return {split: FolderSource(root / split) for split in ("train", "val")}
+
+
+def contents(source):
+    """Return how often each (bytes, class name) is there."""
+    read = [source.read(index) for index in range(len(source))]
+    return Counter((data, source.classes[label]) for data, label in read)
+
+
+def read_shards(folder, tmp_path):
+    return shards(
+        str(folder), train="train-*.tar", val="val-*.tar", preprocess=Preprocess(8), cache=str(tmp_path / "c")
+    )
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_hold_every_image_once(photos, tmp_path, workers):
+    out = tmp_path / "out"
+    manifest = write(photos, out, Options("shards", images=5), source=SOURCE, workers=workers)
+    data = read_shards(out, tmp_path)
+    assert contents(data.train) == contents(photos["train"])
+    assert contents(data.val) == contents(photos["val"])
+    assert data.classes == ("ant", "bee", "cow")
+    assert sorted(os.listdir(out)) == sorted(
+        ["classes.txt", "manifest.json", *(f"train-{i:06d}.tar" for i in range(5)), "val-000000.tar", "val-000001.tar"]
+    )
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert manifest["complete"]
+    for record in manifest["pieces"].values():
+        assert hashlib.sha256((out / record["file"]).read_bytes()).hexdigest() == record["sha256"]
+        assert (out / record["file"]).stat().st_size == record["bytes"]
+    assert sum(record["images"] for record in manifest["pieces"].values()) == 31
+    assert damaged(out) == []
+
+
+def test_webdataset_reads_the_shards(photos, tmp_path):
+    """The library whose layout it is."""
+    write(photos, tmp_path / "out", Options("shards", images=4), source=SOURCE)
+    code = (
+        "import sys, hashlib, webdataset\n"
+        "for sample in webdataset.WebDataset(sys.argv[1:], shardshuffle=False):\n"
+        "    print(sample['__key__'], int(sample['cls']), hashlib.sha256(sample['jpg']).hexdigest())\n"
+    )
+    names = [str(tmp_path / f"out/val-{i:06d}.tar") for i in (0, 1)]
+    # In a process of its own: it leaves files open.
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, timeout=60)
+    ours = [(f"{i:06d}", *photos["val"].read(i)) for i in range(8)]
+    expected = [f"{key} {label} {hashlib.sha256(data).hexdigest()}" for key, data, label in ours]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_the_seed_settles_the_order_of_train_only(photos, tmp_path):
+    def order(name, split, **options):
+        write(photos, tmp_path / name, Options("shards", images=99, **options), source=SOURCE)
+        with tarfile.open(tmp_path / name / f"{split}-000000.tar") as tar:
+            return [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
+
+    plain = [photos["train"].read(i)[0] for i in range(23)]
+    assert order("a", "train", seed=None) == plain
+    first, second = order("b", "train", seed=0), order("c", "train", seed=1)
+    assert sorted(first) == sorted(second) == sorted(plain)
+    assert first != second
+    assert plain not in (first, second)
+    assert order("d", "train", seed=0) == first
+    assert order("b", "val", seed=0) == [photos["val"].read(i)[0] for i in range(8)]
+    assert tree(tmp_path / "b") == tree(tmp_path / "d")
+
+
+def test_there_and_back_is_the_same(photos, tmp_path):
+    write(photos, tmp_path / "shards", Options("shards", images=5), source=SOURCE)
+    data = read_shards(tmp_path / "shards", tmp_path)
+    write({"train": data.train, "val": data.val}, tmp_path / "folder", Options("folder"), source=SOURCE)
+    for split in ("train", "val"):
+        assert contents(FolderSource(tmp_path / "folder" / split)) == contents(photos[split])
+
+
+def test_folders_keep_names_and_bytes(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_FOLDER_PIECE", 4)
+    out = tmp_path / "out"
+    write(photos, out, Options("folder"), source=SOURCE)
+    written = {name: data for name, data in tree(out).items() if name not in ("manifest.json", "classes.txt")}
+    assert written == tree(tmp_path / "photos")
+
+
+def test_resized_images(imagenet_jpegs):
+    options = Options("shards", resize=100)
+    for data in list(imagenet_jpegs.values())[:10]:
+        with Image.open(io.BytesIO(shrink(data, options))) as small:
+            assert min(small.size) == 100
+            assert (small.mode, small.format) == ("RGB", "JPEG")
+            whole = decode(data)
+            # In brightness: colour has half the pixels.
+            reference = np.asarray(whole.resize(small.size, Image.Resampling.BICUBIC).convert("L"), dtype=float)
+            assert np.abs(np.asarray(small.convert("L"), dtype=float) - reference).mean() < 2
+            ratio = whole.width / whole.height
+            assert small.width / small.height == pytest.approx(ratio, abs=0.01)
+    data = next(iter(imagenet_jpegs.values()))
+    assert len(shrink(data, Options("shards", resize=100, quality=50))) < len(shrink(data, options))
+    full = Options("shards", resize=100, subsampling="4:4:4")
+    assert [Image.open(io.BytesIO(shrink(data, o))).layer[0][1:3] for o in (options, full)] == [(2, 2), (1, 1)]
+
+
+def test_small_images_are_left_alone_and_others_lose_what_is_no_pixel():
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    noise = Image.effect_noise((90, 60), 50)
+    noise.save(stream, "JPEG", exif=exif, comment=b"secret", icc_profile=b"a profile")
+    assert shrink(stream.getvalue(), Options("shards", resize=60)) is None
+    small = shrink(stream.getvalue(), Options("shards", resize=30))
+    assert b"secret" not in small
+    with Image.open(io.BytesIO(small)) as image:
+        assert (image.size, image.mode) == ((45, 30), "RGB")
+        assert not image.getexif()
+        assert "icc_profile" not in image.info
+
+
+def test_images_that_are_decoded_already_lose_nothing(tmp_path):
+    class Pictures:
+        classes = ("a", "b")
+
+        def __len__(self):
+            return 3
+
+        def read(self, index):
+            return Image.new("RGB", (9, 5), (index, 7, 8)), index % 2
+
+        def name(self, index):
+            return f"Pictures[0][{index}]"
+
+    write({"val": Pictures()}, tmp_path / "out", Options("folder"), source=SOURCE)
+    found = FolderSource(tmp_path / "out/val")
+    assert [os.path.relpath(found.name(i), tmp_path) for i in range(3)] == [
+        "out/val/a/000000.png",
+        "out/val/a/000002.png",
+        "out/val/b/000001.png",
+    ]
+    assert decode(found.read(2)[0]).getpixel((0, 0)) == (1, 7, 8)
+
+
+class _StopAfter:
+    """Fails at the n-th image read."""
+
+    def __init__(self, source, count):
+        self.source, self.count, self.classes = source, count, source.classes
+
+    def __len__(self):
+        return len(self.source)
+
+    def name(self, index):
+        return self.source.name(index)
+
+    def read(self, index):
+        self.count -= 1
+        if self.count < 0:
+            raise KeyboardInterrupt
+        return self.source.read(index)
+
+
+@pytest.mark.parametrize("to", ["shards", "folder"])
+@pytest.mark.parametrize("count", [0, 4, 12, 22])
+def test_what_was_begun_goes_on(photos, tmp_path, monkeypatch, to, count):
+    monkeypatch.setattr(prepare, "_FOLDER_PIECE", 4)
+    options, out, whole = Options(to, images=4), tmp_path / "out", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        write({**photos, "train": _StopAfter(photos["train"], count)}, out, options, source=SOURCE)
+    begun = json.loads((out / "manifest.json").read_text())
+    assert len(begun["pieces"]) == count // 4
+    assert not begun["complete"]
+    assert damaged(out)[0].endswith("not complete: run the same effnet-data again, which goes on")
+    left = 23 - count // 4 * 4
+    resumed = _StopAfter(photos["train"], left)  # just those that are missing
+    write({**photos, "train": resumed}, out, options, source=SOURCE)
+    assert resumed.count == 0
+    write(photos, whole, options, source=SOURCE)
+    assert tree(out) == tree(whole)
+
+
+def test_a_lost_shard_is_made_again_and_a_changed_one_is_found(photos, tmp_path):
+    out, options = tmp_path / "out", Options("shards", images=5)
+    write(photos, out, options, source=SOURCE)
+    before = tree(out)
+    (out / "train-000001.tar").unlink()
+    (out / ".train-000001.tar.123.tmp").write_bytes(b"half")
+    changed = bytearray(before["train-000002.tar"])
+    changed[5000] ^= 1
+    (out / "train-000002.tar").write_bytes(changed)
+    assert damaged(out) == [f"{out}/train-000001.tar: missing", f"{out}/train-000002.tar: not what was written"]
+    (out / "train-000002.tar").unlink()
+    write(photos, out, options, source=SOURCE)
+    assert tree(out) == before
+
+
+def test_another_output_is_refused(photos, tmp_path):
+    out = tmp_path / "out"
+    write(photos, out, Options("shards", images=5), source=SOURCE)
+    with pytest.raises(ValueError, match=r"holds other images: images was 5, now 6; resize was None, now 64\. Give"):
+        write(photos, out, Options("shards", images=6, resize=64), source=SOURCE)
+    with pytest.raises(ValueError, match="made was 'here', now 'there'"):
+        write(photos, out, Options("shards", images=5), source={"made": "there"})
+    fewer = {**photos, "val": Subset(photos["val"], np.arange(3))}
+    with pytest.raises(ValueError, match="val was 8, now 3"):
+        write(fewer, out, Options("shards", images=5), source=SOURCE)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json is damaged or of another program"):
+        write(photos, out, Options("shards", images=5), source=SOURCE)
+    with pytest.raises(ValueError, match=r"holds train and no manifest.json: choose an empty folder"):
+        write(photos, tmp_path / "photos", Options("shards"), source=SOURCE)
+
+
+def test_two_at_a_time_are_refused(photos, tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        write(photos, tmp_path, Options("shards"), source=SOURCE)
+    os.close(descriptor)
+
+
+def test_images_that_cannot_be_read(photos, tmp_path):
+    bad = photos["train"].name(3)
+    with open(bad, "r+b") as file:
+        file.truncate(1000)
+    options = Options("shards", images=6, resize=64)
+    with pytest.raises(ValueError, match=rf"cannot read the image {bad}: .*set data.on_error=skip to leave it out"):
+        write(photos, tmp_path / "out", options, source=SOURCE)
+    manifest = write(photos, tmp_path / "out", options, source=SOURCE, on_error="skip")
+    skipped = [text for record in manifest["pieces"].values() for text in record.get("skipped", [])]
+    assert [text.partition(": ")[0] for text in skipped] == [bad]
+    assert len(read_shards(tmp_path / "out", tmp_path).train) == 22
+    # Without resizing nothing is decoded, and the bytes stay as they are.
+    write(photos, tmp_path / "same", Options("shards"), source=SOURCE)
+    assert contents(read_shards(tmp_path / "same", tmp_path).train) == contents(photos["train"])
+
+
+def test_names_that_meet_lose_no_image_in_silence(tmp_path):
+    for number, path in enumerate(("a/x/1.png", "a/y/1.png", "b/1.png")):
+        (tmp_path / "in" / path).parent.mkdir(parents=True)
+        Image.new("L", (4, 4), number).save(tmp_path / "in" / path)
+    source = {"val": FolderSource(tmp_path / "in")}
+    with pytest.raises(ValueError, match=r"3 images of val have become 2 files: .* to=shards keeps both"):
+        write(source, tmp_path / "out", Options("folder"), source=SOURCE)
+    assert write(source, tmp_path / "shards", Options("shards"), source=SOURCE)["complete"]
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", ".hidden"])
+def test_classes_that_are_no_folders_names(photos, tmp_path, name):
+    photos["train"].classes = ("ant", name, "cow")
+    with pytest.raises(ValueError, match="cannot be a folder's name: to=shards takes it"):
+        write(photos, tmp_path / "out", Options("folder"), source=SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "zip"}, "to=zip is not known: use folder or shards"),
+        ({"subsampling": "4:1:0"}, "subsampling=4:1:0 is not known"),
+        ({"images": 0}, "images=0 must be at least 1"),
+        ({"resize": 0}, "resize=0 must be at least 1"),
+        ({"quality": 101}, "quality=101 must be at most 100"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**{"to": "shards", **options})
