@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from effnet_train.cli import plan
@@ -97,3 +99,27 @@ def test_a_dry_run_looks_at_what_a_run_would_start_from(cli: Cli, tiny: list[str
         done = cli("train", *tiny, "name=next", *changes, "dry_run=true")
         assert done.status == 2
         assert message in done.err
+
+
+def test_a_dry_run_copies_and_fetches_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet's images are counted in place, those of the hub not at all."""
+    monkeypatch.setattr(plan, "_images_per_s", lambda *_: (100.0, "as told"))
+    for split, rows in (("train", 40), ("validation", 4)):
+        table = pa.table({"image": pa.array([{"bytes": b"x"}] * rows), "label": [0, 1] * (rows // 2)})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    before = everything(tmp_path)
+    common = (
+        "recipe=demo",
+        "data=parquet",
+        "batch_size=8",
+        "device=cpu",
+        "dry_run=true",
+        f"data.cache={tmp_path}/cache",
+    )
+    done = cli("train", *common, f"data.root={tmp_path}")
+    assert (done.status, "40 training images (counted in " in done.out) == (0, True), done.err
+    done = cli("train", *common, "data.root=hub:someone/set")
+    assert "data.root=hub:someone/set: a plan fetches nothing, set data.expected=" in done.err
+    done = cli("train", *common, "data.root=hub:someone/set", "data.expected={classes: 2, train: 40, val: 4}")
+    assert (done.status, "40 training images (of a complete copy" in done.out) == (0, True), done.err
+    assert everything(tmp_path) == before
