@@ -29,6 +29,7 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "eval_folder", "digits")),
             "effnet_train.data.datasets.torchvision_splits",
             *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards")),
+            "effnet_train.data.parquet.parquet",
         ),
         "preprocess": ("effnet_train.data.preprocess.Preprocess",),
     },

@@ -191,8 +191,9 @@ def _data_config(config: Config, part: Part) -> dict[str, Any]:
                 f"checkpoint={part.label} carries no data set: choose one, as data=imagenet data.root=/path"
             )
         given = {key: value for key, value in chosen.items() if value is not None}
+        own = {key: None if key == "cache" else value for key, value in own.items()}  # a file chooses no place to write
         chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
-        if "root" not in given and "://" not in str(own["root"]) and not Path(own["root"]).is_dir():
+        if "root" not in given and not Path(own["root"]).is_dir():
             # Nothing is made or fetched at a place that a file chose.
             raise FileNotFoundError(
                 f"checkpoint={part.label} was trained on data.root={own['root']}, which is not here: give data.root=..."

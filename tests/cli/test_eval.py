@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from effnet_train.cli import build
+from effnet_train.cli.app import CONFIG_DIR
 from effnet_train.engine.checkpoint import load_checkpoint
 
 Cli = Callable[..., Any]
@@ -195,6 +196,12 @@ def test_what_may_be_called_stands_in_its_own_place_alone() -> None:
     ):
         with pytest.raises(ValueError, match="is no model or data set of effnet_train: refused"):
             build.check_targets(meta, "x.pt")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
+def test_checkpoints_of_every_data_set_may_be_read(compose: Callable[..., Any], name: str) -> None:
+    config = compose("train", f"data={name}", "data.root=x")
+    build.check_targets({"model": config["model"], "data": config["data"]}, "x.pt")
 
 
 def test_nothing_is_made_where_a_file_says(cli: Cli, run: Path) -> None:
