@@ -266,7 +266,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
 
     `results` are those of the members, and where there are several, at the end that of their average.
     """
-    from effnet_train.engine.checkpoint import write_atomically
+    from effnet_train.engine.checkpoint import write_bytes
 
     members = [
         {
@@ -298,7 +298,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
     if output is None:
         return
     try:
-        write_atomically(output, lambda stream: _write(stream, line + "\n"))
+        write_bytes(output, line.encode() + b"\n")
     except OSError as error:
         if config["output"]:
             raise
@@ -337,10 +337,6 @@ def _write_details(folder: Path, metrics: "Metrics", names: Sequence[str]) -> No
     assert metrics.calibration is not None
     write_details(folder, metrics.confusion, metrics.calibration, names)
     print(f"details: {folder}", file=sys.stderr)
-
-
-def _write(stream: Any, text: str) -> None:
-    stream.write(text.encode())
 
 
 main = command("eval", task)

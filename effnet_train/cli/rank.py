@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -27,7 +27,7 @@ from effnet_train.engine.checkpoint import (
     Weights,
     export_safetensors,
     load_weights,
-    write_atomically,
+    write_bytes,
 )
 from effnet_train.engine.evaluate import evaluate
 from effnet_train.engine.loggers import Logger
@@ -230,14 +230,10 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
     if not session.is_main:
         return
     export_safetensors(folder / EXPORT, weights)
-    write_atomically(folder / "summary.json", lambda file: _write(file, json.dumps(summary, indent=2) + "\n"))
+    write_bytes(folder / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
     print(f"done: {run.state.step:,} steps; best at step {int(run.state.best.get('step', 0)):,}: {', '.join(lines)}")
     print(f"  checkpoint  {folder / BEST}")
     print(f"  weights     {folder / 'model.safetensors'}")
     for words, name in (("curves      tensorboard --logdir ", "tensorboard"), ("numbers     ", "metrics.csv")):
         if (folder / name).exists():
             print(f"  {words}{folder / name}")
-
-
-def _write(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from effnet_train.cli.app import differing_keys
-from effnet_train.engine.checkpoint import write_atomically
+from effnet_train.engine.checkpoint import write_bytes
 
 # What may change from one start of a run to the next: where and how it runs and is watched, not what it is to compute.
 # (Ranks and micro-batches do change what BatchNorm sees as one batch: a cluster does not always give the same again.)
@@ -75,18 +75,13 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config, sort_keys=False).encode()
-            write_atomically(file, lambda stream: _write(stream, text))
+            write_bytes(file, yaml.safe_dump(config, sort_keys=False).encode())
         elif not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(
             f"cannot write to the run's folder {folder} ({error.strerror}): choose another place with run_root=..."
         ) from error
-
-
-def _write(stream: IO[bytes], text: bytes) -> None:
-    stream.write(text)
 
 
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:
