@@ -122,7 +122,8 @@ def user_message(error: BaseException, config: str) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}: make room there; what was saved is intact, and the same command goes on from it"
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
-        return str(error)
+        # What a data worker raised comes with the worker's traceback before it.
+        return re.split(rf"\n[\w.]*{type(error).__name__}: ", str(error))[-1].rstrip()
     if isinstance(error, RuntimeError) and re.search("onnection (closed|reset) by peer", str(error)):
         return "another rank has left; its own message says why"
     return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 
@@ -159,13 +159,24 @@ def _check_parts(key: str, node: object) -> None:
 
 
 def _check_arguments(key: str, arguments: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    parameters = inspect.signature(function).parameters
+    parameters = arguments_of(function)
     own = {name: value for name, value in arguments.items() if not name.startswith("_")}  # Hydra's begin so
     _check_names(f"{key}.", own, parameters, function.__name__)
     for name, value in own.items():
         if f"{key}.{name}" in _GIVEN:
             raise ValueError(f"{key}.{name}={value} is not to be set: {_GIVEN[f'{key}.{name}']}")
-        _check_type(f"{key}.{name}", value, parameters[name].annotation)
+        _check_type(f"{key}.{name}", value, parameters[name])
+
+
+def arguments_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a function's arguments by name; those of `**rest: Unpack[...]` one by one."""
+    hints: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if get_origin(parameter.annotation) is Unpack:
+            hints |= get_type_hints(get_args(parameter.annotation)[0])
+        else:
+            hints[name] = parameter.annotation
+    return hints
 
 
 def _check_names(prefix: str, names: Mapping[str, Any], known: Mapping[str, Any], owner: str) -> None:

@@ -157,7 +157,7 @@ def _write(cfg: DictConfig) -> None:
     data, output = config["data"], Path(config["output"])
     splits = _splits(data, expected=data.get("expected"))
     # What does not make other images of them: where they lie, how their index is kept.
-    aside = ("root", "cache", "backend", "on_error", "preprocess", "minival", "expected")
+    aside = ("root", "cache", "shard_cache", "backend", "on_error", "preprocess", "minival", "expected")
     manifest = write(
         splits,
         output,

@@ -191,7 +191,8 @@ def _data_config(config: Config, part: Part) -> dict[str, Any]:
                 f"checkpoint={part.label} carries no data set: choose one, as data=imagenet data.root=/path"
             )
         given = {key: value for key, value in chosen.items() if value is not None}
-        own = {key: None if key == "cache" else value for key, value in own.items()}  # a file chooses no place to write
+        # A file chooses no place to write.
+        own = {key: None if key in ("cache", "shard_cache") else value for key, value in own.items()}
         chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
         if "root" not in given and not Path(own["root"]).is_dir():
             # Nothing is made or fetched at a place that a file chose.

@@ -23,6 +23,7 @@ FREE = (
     "data.copy",
     "data.on_error",
     "data.root",
+    "data.shard_cache",
     "device",
     "dry_run",
     "eval_batch_size",

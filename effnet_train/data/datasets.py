@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
 
@@ -41,10 +41,33 @@ class Data:
         return self.train.classes
 
 
+class Common(TypedDict, total=False):
+    """The arguments that all data sets share; `assemble` tells what they mean and what they are without a value."""
+
+    preprocess: Required[Preprocess]
+    minival: int
+    on_error: str
+    backend: str
+    expected: Mapping[str, int] | None
+
+
 def assemble(
-    train: Source, val: Source, *, preprocess: Preprocess, minival: int, on_error: str, backend: str = BACKENDS[0]
+    root: str,
+    train: Source,
+    val: Source,
+    *,
+    preprocess: Preprocess,
+    minival: int = 0,
+    on_error: str = "raise",
+    backend: str = BACKENDS[0],
+    expected: Mapping[str, int] | None = None,
 ) -> Data:
-    """Check that `train` and `val` belong together, and hold `minival` images out of `train` for selection."""
+    """Check that `train` and `val` belong together, and hold `minival` images out of `train` for selection.
+
+    `expected` (classes, train, val) is what a complete copy holds: a plan can be made without the images, and a copy
+    that differs is refused.
+    """
+    check_counts(root, [train, val], expected)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -71,27 +94,11 @@ def _check_on_error(on_error: str) -> None:
         raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
 
 
-def image_folders(
-    root: str,
-    *,
-    preprocess: Preprocess,
-    train: str = "train",
-    val: str = "val",
-    minival: int = 0,
-    on_error: str = "raise",
-    backend: str = BACKENDS[0],
-    expected: Mapping[str, int] | None = None,
-) -> Data:
-    """Read `root/train/<class>/<image>` and `root/val/<class>/<image>`, ImageNet's layout.
-
-    `expected` (classes, train, val) is what a complete copy holds: a plan can be made without the images, and a copy
-    that differs is refused.
-    """
+def image_folders(root: str, *, train: str = "train", val: str = "val", **common: Unpack[Common]) -> Data:
+    """Read `root/train/<class>/<image>` and `root/val/<class>/<image>`, ImageNet's layout."""
     if not Path(root).is_dir():
         raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds {train}/ and {val}/")
-    sources = [FolderSource(Path(root) / split) for split in (train, val)]
-    check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
+    return assemble(root, *(FolderSource(Path(root) / split) for split in (train, val)), **common)
 
 
 def eval_folder(
@@ -119,11 +126,7 @@ def torchvision_splits(
     dataset: str,
     train: Sequence[Mapping[str, Any]],
     val: Sequence[Mapping[str, Any]],
-    preprocess: Preprocess,
-    minival: int = 0,
-    on_error: str = "raise",
-    backend: str = BACKENDS[0],
-    expected: Mapping[str, int] | None = None,
+    **common: Unpack[Common],
 ) -> Data:
     """Read a class of `torchvision.datasets`; `train` and `val` list the arguments of the splits each is made of.
 
@@ -139,9 +142,7 @@ def torchvision_splits(
     def load(splits: Sequence[Mapping[str, Any]]) -> TorchvisionSource:
         return TorchvisionSource([_load(kind, root, dict(split)) for split in splits])
 
-    sources = [load(train), load(val)]
-    check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
+    return assemble(root, load(train), load(val), **common)
 
 
 def _load(kind: Any, root: str, arguments: dict[str, Any]) -> Any:
@@ -174,24 +175,14 @@ def check_counts(root: str, sources: Sequence[Source], expected: Mapping[str, in
         raise ValueError(f"data.root={root} is not complete ({text}): mend it, or set data.expected=null")
 
 
-def digits(
-    root: str,
-    *,
-    preprocess: Preprocess,
-    minival: int = 0,
-    on_error: str = "raise",
-    backend: str = BACKENDS[0],
-    expected: Mapping[str, int] | None = None,
-) -> Data:
+def digits(root: str, **common: Unpack[Common]) -> Data:
     """Read the 1,797 handwritten digits that scikit-learn carries, written to `root` once as an image folder.
 
     Every fifth image of each class is held out for validation.
     """
     if not Path(root).is_dir():
         _write_digits(Path(root))
-    return image_folders(
-        root, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend, expected=expected
-    )
+    return image_folders(root, **common)
 
 
 def _write_digits(root: Path) -> None:

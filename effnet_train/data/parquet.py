@@ -9,15 +9,24 @@ import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
 import numpy as np
 
-from effnet_train.data.archives import TarSource, class_names
-from effnet_train.data.backends import BACKENDS
-from effnet_train.data.datasets import Data, assemble, check_counts
-from effnet_train.data.parquet_files import Columns, ParquetSource, columns, find, opened, read_labels, values
-from effnet_train.data.preprocess import Preprocess
+from effnet_train.data.archives import TarSource
+from effnet_train.data.datasets import Common, Data, assemble
+from effnet_train.data.parquet_files import (
+    Columns,
+    ParquetSource,
+    columns,
+    described_classes,
+    find,
+    located,
+    opened,
+    read_labels,
+    values,
+)
+from effnet_train.data.shard_layout import class_names
 from effnet_train.data.tar_index import Entry, TarIndex, default_cache, open_index
 
 
@@ -26,36 +35,40 @@ def parquet(
     *,
     train: str,
     val: str,
-    preprocess: Preprocess,
     columns: Mapping[str, str | None] | None = None,
     copy: bool = True,
     cache: str | None = None,
-    minival: int = 0,
-    on_error: str = "raise",
-    backend: str = BACKENDS[0],
-    expected: Mapping[str, int] | None = None,
+    **common: Unpack[Common],
 ) -> Data:
     """Read parquet files of images and labels: a folder's, or those of the hub's `hub:owner/name[@revision]`.
 
     `train` and `val` are words in the files' names, or patterns (`parquet_files.find`); `columns` names those of
-    `image` and `label` where they are not plain to see. Class names come from the files, from `classes.txt` beside
-    them, or are the numbers. `copy`: the encoded images are copied to `cache` once, since parquet gives whole row
-    groups only. Raises FileNotFoundError, ValueError.
+    `image` and `label` where they are not plain to see. Class names come from the files, from `classes.txt`,
+    `classes.json` or `README.md` (`dataset_info`) beside them, or are the numbers. `copy`: the encoded images are
+    copied to `cache` once, since parquet gives whole row groups only. Raises FileNotFoundError, ValueError.
     """
     chosen = {role: name for role, name in (columns or {}).items() if name is not None}
     unknown = sorted(chosen.keys() - {"image", "label"})
     if unknown:
         raise ValueError(f"data.columns.{unknown[0]} is not known: columns are image and label")
     folder = Path(cache) if cache else default_cache()
-    splits = find(root, train, val)
+    place = located(root, train, val)
+    splits = [find(place, split) for split in (train, val)]
     sources = [copied(files, chosen, folder) if copy else direct(files, chosen) for files in splits]
     if all(name.isdecimal() for source in sources for name in source.classes):
-        beside = root if os.path.isdir(root) else os.path.dirname(splits[0][0])
-        names = class_names(beside, max(len(source.classes) for source in sources))
+        names = _names_beside(place, splits[0][0], chosen, max(len(source.classes) for source in sources))
         for source in sources:
             source.classes = names
-    check_counts(root, sources, expected)
-    return assemble(*sources, preprocess=preprocess, minival=minival, on_error=on_error, backend=backend)
+    return assemble(root, *sources, **common)
+
+
+def _names_beside(place: str, file: str, chosen: Mapping[str, str], count: int) -> tuple[str, ...]:
+    names = class_names(place, count)
+    if names == tuple(map(str, range(count))):
+        names = described_classes(place, file, columns(file, chosen).label) or names
+    if len(names) < count:
+        raise ValueError(f"{place}/README.md names {len(names)} classes, the labels go up to {count - 1}")
+    return names
 
 
 def direct(files: Sequence[str], chosen: Mapping[str, str]) -> ParquetSource:
@@ -67,14 +80,12 @@ def direct(files: Sequence[str], chosen: Mapping[str, str]) -> ParquetSource:
 class CopySource(TarSource):
     """Images copied out of parquet files; names are those of the files."""
 
-    def __init__(self, index: TarIndex, copies: Sequence[str]) -> None:
+    def __init__(self, index: TarIndex, files: Sequence[str]) -> None:
         super().__init__(index)
-        self.copies = tuple(copies)
+        self.files = tuple(files)
 
-    def _file(self, archive: int) -> int:
-        if archive not in self._open:
-            self._open[archive] = os.open(self.copies[archive], os.O_RDONLY)
-        return self._open[archive]
+    def _path(self, archive: int) -> str:
+        return self.files[archive]
 
 
 def copied(files: Sequence[str], chosen: Mapping[str, str], cache: Path) -> CopySource:

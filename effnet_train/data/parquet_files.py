@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from effnet_train.data.archives import expand
 from effnet_train.data.decode import DecodeError
+from effnet_train.data.shard_layout import expand
 
 HUB = "hub:"
 _SUFFIX = ".parquet"
+_CARD = "README.md"
 
 
 def modules() -> Any:
@@ -30,11 +31,10 @@ def modules() -> Any:
     return pyarrow, pyarrow.parquet
 
 
-def find(root: str, *splits: str) -> list[list[str]]:
-    """Return the files of each of `splits`, in `root` or, where it is `hub:owner/name`, fetched from the hub.
+def located(root: str, *splits: str) -> str:
+    """Return the folder of a data set: `root`, or where it is `hub:owner/name`, what was fetched of it for `splits`.
 
-    A split is a word in the files' names below `root` (`data/train-00000-of-00002.parquet`, `train/0000.parquet`), or a
-    pattern for them (`plain/tr*.parquet`, `train-{000..107}.parquet`). Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, ValueError.
     """
     if root.startswith(HUB):
         return _from_hub(root, splits)
@@ -42,8 +42,17 @@ def find(root: str, *splits: str) -> list[list[str]]:
         raise FileNotFoundError(
             f"data.root={root} does not exist: set it to a folder of .parquet files, or hub:owner/name"
         )
-    names = sorted(str(path.relative_to(root)) for path in Path(root).rglob(f"*{_SUFFIX}"))
-    return [[os.path.join(root, name) for name in choose(names, split, root)] for split in splits]
+    return root
+
+
+def find(folder: str, split: str) -> list[str]:
+    """Return the files of a split.
+
+    It is a word in the files' names below the folder (`data/train-00000-of-00002.parquet`, `train/0000.parquet`), or a
+    pattern for them (`plain/tr*.parquet`, `train-{000..107}.parquet`). Raises FileNotFoundError, ValueError.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob(f"*{_SUFFIX}"))
+    return [os.path.join(folder, name) for name in choose(names, split, folder)]
 
 
 def choose(names: Sequence[str], split: str, root: str) -> list[str]:
@@ -70,7 +79,7 @@ def choose(names: Sequence[str], split: str, root: str) -> list[str]:
     return found
 
 
-def _from_hub(root: str, splits: Sequence[str]) -> list[list[str]]:
+def _from_hub(root: str, splits: Sequence[str]) -> str:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     repository, _, revision = root.removeprefix(HUB).partition("@")
@@ -85,9 +94,9 @@ def _from_hub(root: str, splits: Sequence[str]) -> list[list[str]]:
         wanted = [name for split in splits for name in choose(names, split, root)]
     else:
         wanted = [name for split in splits for name in (expand(split) if split.endswith(_SUFFIX) else [f"*{split}*"])]
-    patterns = [*wanted, "classes.txt"]
+    patterns = [*wanted, "classes.txt", "classes.json", _CARD]
     try:
-        folder = snapshot_download(repository, **where, allow_patterns=patterns, local_files_only=failure is not None)
+        return snapshot_download(repository, **where, allow_patterns=patterns, local_files_only=failure is not None)
     except Exception as error:
         first = failure or error
         reason = f"{type(first).__name__}: {first}".splitlines()[0]
@@ -96,7 +105,6 @@ def _from_hub(root: str, splits: Sequence[str]) -> list[list[str]]:
             f"{constants.HF_HUB_CACHE} (HF_HOME): log in (hf auth login) where it asks for that, run once where there "
             "is a network and take that folder along, or give a folder of its .parquet files"
         ) from error
-    return find(folder, *splits)
 
 
 class Columns(NamedTuple):
@@ -131,6 +139,38 @@ def columns(file: str, chosen: Mapping[str, str] | None = None) -> Columns:
     return Columns(
         image if bare else f"{image}.bytes", f"{image}.path" if "path" in inner else "", label, tuple(map(str, names))
     )
+
+
+def described_classes(folder: str, file: str, label: str) -> tuple[str, ...]:
+    """Return the names of the classes of the column `label` in the data set's card, README.md; none where it has none.
+
+    Of a card of several configurations it is the one whose folder `file` lies in, unless all have the same names.
+    """
+    import yaml
+
+    try:
+        heading = re.match(r"---\n(.*?)\n---", (Path(folder) / _CARD).read_text(encoding="utf-8"), re.DOTALL)
+        described = yaml.safe_load(heading[1]).get("dataset_info") if heading else None
+        infos = described if isinstance(described, list) else [described]
+        found = {str(info.get("config_name")): _names(info["features"], label) for info in infos if info}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):  # written for people: of no use
+        return ()
+    if len(set(found.values())) > 1:
+        folders = Path(file).relative_to(folder).parts
+        found = {name: names for name, names in found.items() if name in folders}
+    return next(iter(found.values())) if len(set(found.values())) == 1 else ()
+
+
+def _names(features: Sequence[Mapping[str, Any]], label: str) -> tuple[str, ...]:
+    """Return the names of a ClassLabel as a card has them: `dtype: {class_label: {names: {'0': ant, '1': bee}}}`."""
+    for feature in features:
+        kind = feature.get("dtype")
+        if feature.get("name") == label and isinstance(kind, Mapping):
+            names = kind.get("class_label", {}).get("names", {})
+            found = sorted((int(number), str(name)) for number, name in names.items())
+            if [number for number, _ in found] == list(range(len(found))):
+                return tuple(name for _, name in found)
+    return ()
 
 
 def _kind(pyarrow: Any, field: Any) -> str | None:

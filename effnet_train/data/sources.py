@@ -104,8 +104,20 @@ def _class_names(root: Path) -> tuple[str, ...]:
         )
     classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
     if not classes:
-        raise FileNotFoundError(f"data folder {root} holds no class folders: it should hold <class>/<image>")
+        raise FileNotFoundError(
+            f"data folder {root} holds no class folders: it should hold <class>/<image>{_prepare_hint(root)}"
+        )
     return classes
+
+
+def _prepare_hint(root: Path) -> str:
+    """Return what to say of a folder of ImageNet's validation images as their archive unpacks."""
+    if not any(root.glob("ILSVRC2012_val_*")):
+        return ""
+    return (
+        ". These are ImageNet's validation images without their classes: effnet-data prepare to=folder "
+        "data.root=/folder/of/ImageNet's/archives output=/path writes train/ and val/ with class folders"
+    )
 
 
 def _images_below(folder: str, prefix: str) -> Iterable[bytes]:

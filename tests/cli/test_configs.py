@@ -1,7 +1,6 @@
 """Every option of every group composes, and every key in it is an argument of what it builds."""
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,8 @@ def target(node: dict[str, Any]) -> Any:
 def assert_arguments_accepted(config: dict[str, Any]) -> int:
     found = list(nodes(config))
     for key, node in found:
-        arguments = {name: value for name, value in node.items() if name != "_target_"}
-        try:
-            inspect.signature(target(node)).bind_partial(**arguments)
-        except TypeError as error:
-            pytest.fail(f"{key}: {error}")
+        unknown = node.keys() - {"_target_"} - check.arguments_of(target(node)).keys()
+        assert not unknown, f"{key}: {unknown}"
     return len(found)
 
 

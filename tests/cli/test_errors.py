@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from effnet_train.cli.app import run_rank, user_message
+from effnet_train.data.remote import RemoteError
 
 Cli = Callable[..., Any]
 
@@ -252,3 +254,13 @@ def test_images_of_other_kinds_train_too(cli: Cli, tiny: list[str], image_root: 
     """Grey, palette, CMYK and transparent files, in one folder."""
     done = cli("train", *on_folder(tiny, image_root, "batch_size=6", "augment=autoaugment"))
     assert done.status == 0, done.err
+
+
+def test_what_a_data_worker_raised_comes_without_its_traceback() -> None:
+    try:
+        raise RemoteError("cannot read x after 6 attempts (OSError: y)")
+    except RemoteError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(RemoteError, match="Original Traceback") as error:
+        wrapped.reraise()
+    assert user_message(error.value, "train") == "cannot read x after 6 attempts (OSError: y)"

@@ -1,13 +1,10 @@
 """Archives give the images that a folder gives, wherever they lie, and say what is wrong with them."""
 
 import io
-import os
 import pickle
 import tarfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from effnet_train.data import archives
-from effnet_train.data.archives import RemoteError, expand, imagenet_tars, shards, validation_synsets
-from effnet_train.data.loader import DataError, eval_batches
+from effnet_train.data.archives import imagenet_tars
+from effnet_train.data.ilsvrc import validation_synsets
+from effnet_train.data.loader import eval_batches
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import FolderSource, Source
 
@@ -96,6 +93,19 @@ def test_imagenets_own_archives_give_what_folders_give(official: Path, tmp_path:
     assert validation_synsets(str(official / "ILSVRC2012_devkit_t12.tar.gz")) == [SYNSETS[i] for i in (2, 0, 0, 1)]
 
 
+def test_labels_from_a_text_file(official: Path, tmp_path: Path) -> None:
+    (official / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    options = {"preprocess": PREPROCESS, "cache": str(tmp_path / "cache")}
+    with pytest.raises(FileNotFoundError, match=r"devkit_t12\.tar\.gz does not exist: .*, or set data\.val_labels="):
+        imagenet_tars(str(official), **options)
+    (official / "val.txt").write_text("".join(f"{SYNSETS[i]}\n" for i in (2, 0, 0, 1)))
+    data = imagenet_tars(str(official), val_labels="val.txt", **options)
+    assert contents(data.val) == contents(FolderSource(tmp_path / "folder" / "val"))
+    (official / "val.txt").write_text("".join(f"{SYNSETS[i]}\n" for i in (2, 0, 1)))
+    with pytest.raises(ValueError, match=r"img_val\.tar holds 4 images, .*val\.txt labels of 3: fetch both again"):
+        imagenet_tars(str(official), val_labels="val.txt", **options)
+
+
 def test_an_index_is_made_once_and_anew_for_a_changed_archive(
     official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,203 +170,3 @@ def test_a_cache_that_cannot_be_written(official: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the index to .*: choose another place with data\.cache="):
         imagenet_tars(str(official), preprocess=PREPROCESS, cache=str(tmp_path / "file"))
-
-
-# --- shards ---
-
-
-def shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, parts in samples:
-            for suffix, data in parts.items():
-                add(tar, f"{key}.{suffix}", data)
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """Return a folder of shards: 3 + 2 training and 2 validation images of the classes ant and bee."""
-    root = tmp_path / "shards"
-    shard(
-        root / "train-0000.tar",
-        [
-            ("a.b/0001", {"jpg": jpeg(1), "cls": b"0"}),
-            ("0002", {"cls": b"1\n", "png": jpeg(2)}),
-            ("0003", {"jpeg": jpeg(3), "json": b'{"label": 1, "text": "x"}'}),
-        ],
-    )
-    shard(root / "train-0001.tar", [(f"{n:04d}", {"JPG": jpeg(n), "cls": b"0", "txt": b"-"}) for n in (4, 5)])
-    shard(root / "val-0000.tar", [(f"{n:04d}", {"jpg": jpeg(n), "cls": str(n % 2).encode()}) for n in (6, 7)])
-    (root / "classes.txt").write_text("ant\nbee\n")
-    return root
-
-
-EXPECTED = Counter({(jpeg(n), name): 1 for n, name in ((1, "ant"), (2, "bee"), (3, "bee"), (4, "ant"), (5, "ant"))})
-
-
-@pytest.mark.parametrize("train", ["train-*.tar", "train-{0000..0001}.tar", "train-000{0,1}.tar"])
-def test_shards_in_a_folder(sharded: Path, tmp_path: Path, train: str) -> None:
-    data = shards(str(sharded), train=train, val="val-0000.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
-    assert data.classes == ("ant", "bee")
-    assert contents(data.train) == EXPECTED
-    assert contents(data.val) == Counter({(jpeg(6), "ant"): 1, (jpeg(7), "bee"): 1})
-    assert data.train.name(0) == f"{sharded}/train-0000.tar:a.b/0001.jpg"
-
-
-def test_without_names_classes_are_numbers(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "classes.txt").unlink()
-    options: dict[str, Any] = {"preprocess": PREPROCESS, "cache": str(tmp_path / "cache")}
-    assert shards(str(sharded), train="train-*.tar", val="val-*.tar", **options).classes == ("0", "1")
-    (sharded / "classes.txt").write_text("ant\n")
-    with pytest.raises(ValueError, match=r"classes\.txt names 1 classes, the labels go up to 1"):
-        shards(str(sharded), train="train-*.tar", val="val-*.tar", **options)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("x-{008..011}.tar", ["x-008.tar", "x-009.tar", "x-010.tar", "x-011.tar"]),
-        ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]),
-        ("plain.tar", ["plain.tar"]),
-    ],
-)
-def test_braces(pattern: str, names: list[str]) -> None:
-    assert expand(pattern) == names
-
-
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        ([("0001", {"jpg": b"x"})], "1 images have no .cls beside them, the first 0001"),
-        ([("0001", {"jpg": b"x", "cls": b"cat"})], r"0001\.cls holds no class number \(b'cat'\)"),
-        ([("0001", {"jpg": b"x", "cls": b"-1"})], r"0001\.cls holds no class number \(b'-1'\)"),
-        ([("0001", {"jpg": b"x", "json": b"{}"})], r"0001\.json holds no class number"),
-        ([("0001", {"txt": b"x"})], r"hold no pairs of KEY\.jpg and KEY\.cls"),
-    ],
-)
-def test_shards_that_lack_something(sharded: Path, tmp_path: Path, samples: Any, message: str) -> None:
-    shard(sharded / "val-0000.tar", samples)
-    with pytest.raises(ValueError, match=message):
-        shards(str(sharded), train="train-*.tar", val="val-*.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
-
-
-def test_names_that_are_no_shards(sharded: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"preprocess": PREPROCESS, "cache": str(tmp_path / "cache")}
-    with pytest.raises(
-        FileNotFoundError, match=r"there is no trian-\*\.tar: set data\.root, data\.train and data\.val"
-    ):
-        shards(str(sharded), train="trian-*.tar", val="val-*.tar", **options)
-    with pytest.raises(ValueError, match=r"\{a\.\.b\} must be two whole numbers"):
-        shards(str(sharded), train="train-{a..b}.tar", val="val-*.tar", **options)
-
-
-def test_a_shard_that_became_shorter_is_a_corrupt_image(sharded: Path, tmp_path: Path) -> None:
-    data = shards(
-        str(sharded), train="train-*.tar", val="val-*.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache")
-    )
-    os.truncate(sharded / "val-0000.tar", 700)
-    with pytest.raises(DataError, match=r"val-0000\.tar:0006\.jpg: .*val-0000\.tar ends within 0006\.jpg"):
-        list(eval_batches(data.val, data, batch_size=2))
-
-
-class Files(BaseHTTPRequestHandler):
-    """A server of a folder that knows ranges, and fails as often as it is told to."""
-
-    root: Path
-    failing = 0
-
-    def do_HEAD(self) -> None:
-        """Give the size."""
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        """Give a range, or all."""
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = self.root / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        if type(self).failing > 0 and path.suffix == ".tar":
-            type(self).failing -= 1
-            self.send_error(503)
-            return
-        data, status = path.read_bytes(), 200
-        wanted = self.headers.get("Range", "").removeprefix("bytes=")
-        if wanted:
-            first, _, last = wanted.partition("-")
-            data, status, size = data[int(first) : int(last or len(data)) + 1], 206, len(data)
-        self.send_response(status)
-        if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{size}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def server(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Return the address of a server of the shards on this machine."""
-    pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
-    monkeypatch.setattr(archives, "_FIRST_WAIT_S", 0.01)
-    Files.root, Files.failing = sharded, 0
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
-        running.server_close()
-
-
-def remote(address: str, tmp_path: Path) -> Any:
-    train, val, cache = "train-{0000..0001}.tar", "val-0000.tar", str(tmp_path / "cache")
-    return shards(address, train=train, val=val, preprocess=PREPROCESS, cache=cache)
-
-
-def test_shards_at_an_address(server: str, tmp_path: Path) -> None:
-    data = remote(server, tmp_path)
-    assert data.classes == ("ant", "bee")
-    assert contents(data.train) == EXPECTED
-
-
-def test_an_address_that_fails_now_and_then(server: str, tmp_path: Path) -> None:
-    Files.failing = 3
-    data = remote(server, tmp_path)
-    Files.failing = 4
-    assert contents(data.train) == EXPECTED
-    assert Files.failing == 0
-
-
-def test_an_address_that_fails_for_good(server: str, tmp_path: Path) -> None:
-    """It is no corrupt image: the run must not go on without what it cannot reach."""
-    data = remote(server, tmp_path)
-    Files.failing = 1000
-    skipping = type(data)(data.train, data.val, None, PREPROCESS, "skip")
-    with pytest.raises(RemoteError, match=r"cannot read http://127.*val-0000\.tar after 6 attempts \(.*503"):
-        list(eval_batches(skipping.val, skipping, batch_size=2))
-    with pytest.raises(FileNotFoundError):
-        shards(server, train="nothing.tar", val="val-0000.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
-
-
-def test_cifars_shards(shared_data: Path, tmp_path: Path) -> None:
-    """The real thing: 60,000 JPEGs in WebDataset's layout."""
-    data = shards(
-        str(shared_data),
-        train="cifar10-train-000{0..4}.tar",
-        val="cifar10-test-0000.tar",
-        preprocess=Preprocess(32, crop_padding=0),
-        cache=str(tmp_path / "cache"),
-        expected={"classes": 10, "train": 50_000, "val": 10_000},
-    )
-    labels = Counter(data.val.index[index].label for index in range(len(data.val)))  # type: ignore[attr-defined]
-    assert labels == Counter(dict.fromkeys(range(10), 1000))
-    image, _ = data.train.read(49_999)
-    assert isinstance(image, bytes)
-    assert Image.open(io.BytesIO(image)).size == (32, 32)

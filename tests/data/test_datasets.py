@@ -91,7 +91,7 @@ def test_minival_is_the_same_every_time_and_has_no_bias(tmp_path):
             return str(index)
 
     def split():
-        data = assemble(Many(), Many(), preprocess=PREPROCESS, minival=2000, on_error="raise")
+        data = assemble("many", Many(), Many(), preprocess=PREPROCESS, minival=2000, on_error="raise")
         return [data.val.read(index)[1] for index in range(2000)]
 
     np.random.seed(1)

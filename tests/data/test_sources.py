@@ -126,6 +126,12 @@ def test_root_without_classes(tmp_path, paths):
         FolderSource(tmp_path)
 
 
+def test_imagenets_validation_images_without_class_folders(tmp_path):
+    (tmp_path / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"no class folders: .* without their classes: effnet-data prepare"):
+        FolderSource(tmp_path)
+
+
 @pytest.mark.parametrize("paths", [(), ("bee/notes.txt",), ("bee/.1.jpg",)])
 def test_class_without_images_is_named(tmp_path, paths):
     make(tmp_path, "ant/1.jpg", "cow/1.jpg", *paths)

@@ -1,0 +1,96 @@
+"""Shards in a real S3 server, which is found by the usual environment variables, give what they give here."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effnet_train.data.archives import shards
+from effnet_train.data.loader import eval_batches
+from effnet_train.data.preprocess import Preprocess
+
+BRACES = "train-{0000..0001}.tar"
+# A process of its own: the store keeps sockets open, and so does the library that reads from it.
+STORE = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+server.stop()
+"""
+PROGRAM = """
+import json, sys
+from effnet_train.data.archives import shards
+from effnet_train.data.loader import eval_batches
+from effnet_train.data.preprocess import Preprocess
+
+def found(**options):
+    try:
+        data = shards("s3://bucket/set", val="val-0000.tar", preprocess=Preprocess(8), cache=sys.argv[1], **options)
+        batches = list(eval_batches(data.train, data, batch_size=3, workers=2))
+        return [data.classes, sum((batch.images.tolist() for batch in batches), [])]
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+if __name__ == "__main__":
+    print(json.dumps([found(**options) for options in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.fixture
+def bucket(sharded: Path) -> Iterator[dict[str, str]]:
+    """Return the environment by which an S3 is found that holds the shards as s3://bucket/set."""
+    for name in ("s3fs", "moto", "flask", "flask_cors"):
+        pytest.importorskip(name, reason="an S3 to test against is not here: pip install 'effnet-train[dev]'")
+    command = [sys.executable, "-c", STORE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as store:
+        assert store.stdin is not None
+        assert store.stdout is not None
+        address = f"http://127.0.0.1:{store.stdout.readline().strip()}"
+        objects = {f"bucket/set/{file.name}": file.read_bytes() for file in sharded.iterdir()}
+        for name, data in {"bucket": b"", **objects}.items():
+            headers = {"Content-Type": "application/octet-stream"}
+            request = urllib.request.Request(f"{address}/{name}", data=data, method="PUT", headers=headers)
+            urllib.request.urlopen(request, timeout=30).close()
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+        keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        try:
+            yield {**kept, "AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true", **keys}
+        finally:
+            store.stdin.close()
+
+
+def in_s3(environment: dict[str, str], tmp_path: Path, *options: dict[str, str]) -> list[Any]:
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path / "s3"), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+def test_shards_in_s3(bucket: dict[str, str], sharded: Path, tmp_path: Path) -> None:
+    options = {"train": "train-*.tar", "val": "val-*.tar", "cache": str(tmp_path / "cache")}
+    data = shards(str(sharded), **options, preprocess=Preprocess(8))
+    (batch,) = eval_batches(data.train, data, batch_size=5)
+    *found, absent = in_s3(
+        bucket,
+        tmp_path,
+        {"train": BRACES},
+        {"train": "train-*.tar"},
+        {"train": BRACES, "shard_cache": str(tmp_path / "ssd")},
+        {"train": "train-{0000..0002}.tar"},
+    )
+    assert found == [[["ant", "bee"], batch.images.tolist()]] * 3
+    assert len(os.listdir(tmp_path / "ssd")) == 2
+    assert absent.startswith("FileNotFoundError: data.root=s3://bucket/set: there is no s3://bucket/set/train-0002.tar")
+    (without,) = in_s3({key: value for key, value in bucket.items() if "KEY" not in key}, tmp_path, {"train": BRACES})
+    assert without.startswith("PermissionError: cannot read s3://bucket/set/train-0000.tar: access denied (Unable to")
+    assert "give AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL" in without
