@@ -26,6 +26,8 @@ PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothin
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
 _ONE_REQUEST_S = 3.0
+_TIMEOUT = timedelta(minutes=30)  # of a collective, in which all ranks should be at about the same place
+_PATIENCE = timedelta(days=7)  # of ranks that wait for another's download; they notice its death at once
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,24 @@ class Session:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0 before the others, so that what it downloads or writes is there for them."""
+        """Run the block on rank 0 before the others, so that what it downloads or writes is there for them.
+
+        However long it takes, on rank 0 or, where a machine has to download for itself, on another.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)  # which every rank is a member of
         if not self.is_main:
-            self.barrier()
+            dist.barrier(group=patient)
         try:
             yield
         finally:
             if self.is_main:
-                self.barrier()
+                dist.barrier(group=patient)
+        dist.barrier(group=patient)
+        dist.destroy_process_group(patient)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Wrap `model` so that gradients are averaged over ranks; weights are taken from rank 0."""
@@ -150,7 +162,7 @@ def open_session(device: str) -> Iterator[Session]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     device_id = place if place.type == "cuda" else None
-    dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, device_id=device_id, timeout=_TIMEOUT)
     try:
         yield Session(rank, world, place)
     finally:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,23 @@ def test_a_failing_ranks_exit_code_is_the_commands(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         distributed.launch(fail_on_rank_1, str(tmp_path), ranks=RANKS)
     assert error.value.code == 7
+
+
+def download(folder: str) -> None:
+    """Let each rank's part of a download take longer than a collective may."""
+    from torch.distributed import distributed_c10d
+
+    # What was private has a name of its own since torch 2.14.
+    set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    with distributed.open_session("cpu") as session:
+        set_timeout(timedelta(seconds=1))
+        with session.main_first():
+            (Path(folder) / f"{time.time():.3f}-{session.rank}").touch()
+            time.sleep(2)
+        session.barrier()
+
+
+def test_a_long_download_is_waited_for(tmp_path: Path) -> None:
+    """By the others for rank 0's, and by rank 0 for that of another machine."""
+    distributed.launch(download, str(tmp_path), ranks=RANKS)
+    assert [name[-1] for name in sorted(os.listdir(tmp_path))] == ["0", "1"]
