@@ -81,8 +81,9 @@ DATA_SHOW: Mapping[str, Any] = {**TRAIN, **dict.fromkeys(("step", "count"), int)
 DATA_WRITE: Mapping[str, Any] = {
     "data": Mapping,
     **dict.fromkeys(("to", "output", "subsampling"), str),
-    **dict.fromkeys(("images", "quality"), int),
-    **dict.fromkeys(("seed", "resize"), int | None),
+    "quality": int,
+    "megabytes": float | None,
+    **dict.fromkeys(("images", "seed", "resize"), int | None),
     "workers": int | Literal["auto"],
 }
 BENCH_DATA: Mapping[str, Any] = {

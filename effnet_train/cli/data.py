@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
 
 _PROBLEMS_EXIT_CODE = 1
+# What does not make other images of a data set: where they lie, how they are read.
+_ASIDE = ("root", "cache", "shard_cache", "backend", "on_error", "preprocess", "minival", "expected")
 
 
 def main() -> None:
@@ -149,25 +155,47 @@ def convert(cfg: DictConfig) -> None:
 
 def _write(cfg: DictConfig) -> None:
     from effnet_train.cli import check
-    from effnet_train.data.prepare import Options, summary_lines, write
+    from effnet_train.data.pieces import Options
+    from effnet_train.data.prepare import summary_lines, write
 
     config = _plain(cfg, resolution=1)
     check.check_config(config, check.DATA_WRITE)
-    options = Options(**{key: config[key] for key in ("to", "images", "seed", "resize", "quality", "subsampling")})
+    options = Options(**{field.name: config[field.name] for field in fields(Options)})
     data, output = config["data"], Path(config["output"])
-    splits = _splits(data, expected=data.get("expected"))
-    # What does not make other images of them: where they lie, how their index is kept.
-    aside = ("root", "cache", "shard_cache", "backend", "on_error", "preprocess", "minival", "expected")
-    manifest = write(
-        splits,
-        output,
-        options,
-        source={key: value for key, value in data.items() if key not in aside},
-        on_error=data.get("on_error", "raise"),
-        workers=_workers(config["workers"], splits),
-    )
+    with _told_when_stopped():
+        splits = _splits(data, expected=data.get("expected"))
+        manifest = write(
+            splits,
+            output,
+            options,
+            source={key: value for key, value in data.items() if key not in _ASIDE},
+            on_error=data.get("on_error", "raise"),
+            workers=_workers(config["workers"], splits),
+        )
     print("\n".join(summary_lines(output, manifest)))
     print(f"{output}: data={options.to} data.root={output}")
+
+
+@contextmanager
+def _told_when_stopped() -> Iterator[None]:
+    """Turn a request to stop into an orderly end, with a message and the exit status by which a scheduler requeues."""
+    from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in STOP_SIGNALS:  # a second one must not disturb the end
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    former = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    except KeyboardInterrupt as request:
+        name = Path(sys.argv[0]).name
+        print(f"{name}: {request}: stopped; the same command goes on from what is written", file=sys.stderr)
+        raise SystemExit(PREEMPTED_EXIT_CODE) from None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:

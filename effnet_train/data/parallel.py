@@ -3,16 +3,20 @@
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
+
+from effnet_train.distributed import STOP_SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _GRACE_S = 5.0
 
 
-def map_ordered(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
+def map_ordered(
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int
+) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, in their order, computed by `workers` processes; with 0, in this one.
 
     What the function raises is raised here. Closing the iterator ends the workers at once, whatever they do.
@@ -90,8 +94,9 @@ def _send(pipe: Connection, message: object) -> None:
 
 
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
-    # Ctrl-C goes to the whole group; the parent tells us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These go to the whole group; the parent tells us.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     while True:
         try:
             place, item = pipe.recv()

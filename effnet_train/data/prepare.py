@@ -9,87 +9,24 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import numpy as np
 from PIL import Image
 
-from effnet_train.data.decode import DecodeError, decode
-from effnet_train.data.order import permutation
+from effnet_train.data.decode import DecodeError
 from effnet_train.data.parallel import map_ordered
+from effnet_train.data.pieces import Options, Piece, cut, member, member_size, padded, shrink, starts_by_bytes
+from effnet_train.data.shard_layout import index_bytes, index_name
 from effnet_train.data.sources import IMAGE_SUFFIXES, Source
+from effnet_train.data.tar_index import Entry
 
-FORMATS = ("folder", "shards")
-SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 MANIFEST = "manifest.json"
-_VERSION = 1
-_FOLDER_PIECE = 500  # images
+_VERSION = 2
+_SIZED = 100  # images whose sizes are found out at a time
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is written: all that makes one output differ from another.
-
-    `to` is `shards` or `folder`. The training images of shards stand in an order drawn by `seed`, or with None in
-    their source's; `images` is how many a shard holds. With `resize` images whose shorter side is longer are scaled
-    down to that, as RGB JPEGs of `quality` and `subsampling` without EXIF and colour profile; all other bytes stay as
-    they are. Raises ValueError.
-    """
-
-    to: str
-    images: int = 5000
-    seed: int | None = 0
-    resize: int | None = None
-    quality: int = 95
-    subsampling: str = "4:2:0"
-
-    def __post_init__(self) -> None:
-        if self.to not in FORMATS:
-            raise ValueError(f"to={self.to} is not known: use {' or '.join(FORMATS)}")
-        if self.subsampling not in SUBSAMPLINGS:
-            raise ValueError(f"subsampling={self.subsampling} is not known: use one of {', '.join(SUBSAMPLINGS)}")
-        for name, value, least in (
-            ("images", self.images, 1),
-            ("resize", self.resize, 1),
-            ("quality", self.quality, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if self.quality > 100:
-            raise ValueError(f"quality={self.quality} must be at most 100")
-
-
-class Piece(NamedTuple):
-    """A part of a split, which one worker writes: images `indices` of the source, at places `start` and on."""
-
-    split: str
-    number: int
-    start: int
-    indices: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """Return what the manifest and the shard's file call it."""
-        return f"{self.split}-{self.number:06d}"
-
-
-def shrink(data: bytes | Image.Image, options: Options) -> bytes | None:
-    """Return an image scaled down as a JPEG, or None where it is small enough. Raises DecodeError."""
-    assert options.resize is not None
-    image = decode(data)
-    shorter = min(image.size)
-    if shorter <= options.resize:
-        return None
-    width, height = (max(1, round(side * options.resize / shorter)) for side in image.size)
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    small.info = {}  # or Pillow would write the former file's comment
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=options.quality, subsampling=options.subsampling)
-    return stream.getvalue()
 
 
 def write(
@@ -118,18 +55,58 @@ def write(
         "classes": list(classes),
     }
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    writer = _Writer(splits, output, options, on_error)
+    with _locked(output), _nothing_unfinished(output):
         manifest = _started(output, wanted)
-        for left in output.glob(".*.tmp"):
-            left.unlink()
-        pieces = [piece for name, images in splits.items() for piece in _pieces(name, len(images), options)]
+        if options.to == "shards" and options.megabytes is not None and "starts" not in manifest:
+            manifest["starts"] = {name: _starts(writer, name, workers) for name in splits}
+            _replace(output / MANIFEST, _json(manifest))
+        starts = manifest.get("starts", {})
+        pieces = [
+            piece for name, images in splits.items() for piece in cut(name, len(images), options, starts.get(name))
+        ]
         todo = [piece for piece in pieces if not _is_done(output, manifest["pieces"].get(piece.name), options)]
-        _write_pieces(_Writer(splits, output, options, on_error), todo, pieces, manifest, output, workers)
+        _write_pieces(writer, todo, pieces, manifest, output, workers)
         if options.to == "folder":
             _check_every_file(output, manifest)
         manifest["complete"] = True
         _replace(output / MANIFEST, _json(manifest))
     return manifest
+
+
+@contextmanager
+def _nothing_unfinished(output: Path) -> Iterator[None]:
+    """Remove what was not finished, of a former process that was killed, and of this one where it ends early."""
+
+    def clear() -> None:
+        for left in output.glob(".*.tmp"):
+            left.unlink()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _starts(writer: "_Writer", split: str, workers: int) -> list[int]:
+    """Return where the shards of a split begin that keep to a size: all images are read once to find out."""
+    from tqdm import tqdm
+
+    count = len(writer.splits[split])
+    # In the order in which they will stand.
+    chunks = list(cut(split, count, writer.options, range(0, count, _SIZED)))
+    with (
+        tqdm(total=count, desc=f"sizes of {split}", unit="img", disable=None, file=sys.stderr) as bar,
+        closing(map_ordered(writer.sizes, chunks, workers=workers)) as found,
+    ):
+
+        def sizes() -> Iterator[int]:
+            for chunk in found:
+                yield from chunk
+                bar.update(len(chunk))
+
+        return starts_by_bytes(sizes(), writer.options)
 
 
 def _write_pieces(
@@ -143,26 +120,22 @@ def _write_pieces(
     from tqdm import tqdm
 
     total, left = (sum(len(piece.indices) for piece in some) for some in (pieces, todo))
-    with tqdm(total=total, initial=total - left, unit="img", disable=None, file=sys.stderr) as bar:
-        for piece, record in zip(todo, map_ordered(writer, todo, workers=workers), strict=True):
+    with (
+        tqdm(total=total, initial=total - left, unit="img", disable=None, file=sys.stderr) as bar,
+        # Closed whatever happens, so that no worker writes any more when this returns.
+        closing(map_ordered(writer, todo, workers=workers)) as records,
+    ):
+        for piece, record in zip(todo, records, strict=True):
             manifest["pieces"][piece.name] = record
             _replace(output / MANIFEST, _json(manifest))
             bar.update(len(piece.indices))
-
-
-def _pieces(split: str, count: int, options: Options) -> Iterator[Piece]:
-    shuffled = options.to == "shards" and split == "train" and options.seed is not None
-    order = permutation(options.seed or 0, 0, count) if shuffled else np.arange(count)
-    size = options.images if options.to == "shards" else _FOLDER_PIECE
-    for number, start in enumerate(range(0, count, size)):
-        yield Piece(split, number, start, order[start : start + size])
 
 
 def _is_done(output: Path, record: Mapping[str, Any] | None, options: Options) -> bool:
     if record is None or options.to == "folder":
         return record is not None
     file = output / record["file"]
-    return file.is_file() and file.stat().st_size == record["bytes"]
+    return file.is_file() and file.stat().st_size == record["bytes"] and Path(index_name(str(file))).is_file()
 
 
 class _Writer:
@@ -175,6 +148,16 @@ class _Writer:
         skipped: list[str] = []
         put = self._shard if self.options.to == "shards" else self._files
         return {**put(piece, skipped), **({"skipped": skipped} if skipped else {})}
+
+    def sizes(self, piece: Piece) -> list[int]:
+        """Return the bytes that each of a piece's images takes in a shard, 0 of one that is left out."""
+        found = [0] * len(piece.indices)
+        for place, name, content, label in self._samples(piece, []):
+            key, suffix = _key(name)
+            # As if the key were there already: it may be, in some shard.
+            members = ((_repeated(key, place) + suffix, content), (f"{_repeated(key, place)}.cls", str(label).encode()))
+            found[place - piece.start] = sum(member_size(member(*each)) for each in members)
+        return found
 
     def _samples(self, piece: Piece, skipped: list[str]) -> Iterator[tuple[int, str, bytes, int]]:
         """Yield place, file name, content and label of each image."""
@@ -207,18 +190,30 @@ class _Writer:
 
     def _shard(self, piece: Piece, skipped: list[str]) -> dict[str, Any]:
         final = self.output / f"{piece.name}.tar"
-        digits = max(6, len(str(len(self.splits[piece.split]) - 1)))
-        images = 0
+        entries: list[Entry] = []
         with _renamed(final) as file:
             hashed = _Hashed(file)
             # A stream: no place in it is visited twice, so that the hash is of what lies on the disk.
-            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+                keys: set[str] = set()
                 for place, name, content, label in self._samples(piece, skipped):
-                    suffix = os.path.splitext(name)[1].lower().replace(".jpeg", ".jpg")
-                    _add(tar, f"{place:0{digits}d}{suffix}", content)
-                    _add(tar, f"{place:0{digits}d}.cls", str(label).encode())
-                    images += 1
-        return {"file": final.name, "images": images, "bytes": hashed.count, "sha256": hashed.sha256.hexdigest()}
+                    key, suffix = _key(name)
+                    while key in keys:
+                        key = _repeated(key, place)
+                    keys.add(key)
+                    _add(tar, f"{key}{suffix}", content)
+                    entries.append(Entry(0, tar.offset - padded(len(content)), len(content), label, f"{key}{suffix}"))
+                    _add(tar, f"{key}.cls", str(label).encode())
+            index = index_bytes(entries, hashed.count)
+            with _renamed(Path(index_name(str(final)))) as beside:
+                beside.write(index)
+        return {
+            "file": final.name,
+            "images": len(entries),
+            "bytes": hashed.count,
+            "sha256": hashed.sha256.hexdigest(),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
 
     def _files(self, piece: Piece, skipped: list[str]) -> dict[str, Any]:
         """Write files into their class folders; the piece's hash is of their contents, one after another."""
@@ -241,11 +236,19 @@ def _file_name(name: str, index: int, suffix: str) -> str:
     return f"{stem}{suffix}" if former.lower() in IMAGE_SUFFIXES else f"{index:06d}{suffix}"
 
 
+def _key(name: str) -> tuple[str, str]:
+    """Return a sample's key in a shard, the file's name without dots, as a key ends at the first, and the suffix."""
+    stem, suffix = os.path.splitext(name)
+    return stem.replace(".", "_"), suffix.lower().replace(".jpeg", ".jpg")
+
+
+def _repeated(key: str, place: int) -> str:
+    """Return another key for a name that is in the shard already."""
+    return f"{key}-{place:06d}"
+
+
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    # Neither time nor owner: the same images give the same bytes.
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
+    tar.addfile(member(name, content), io.BytesIO(content))
 
 
 class _Hashed:
@@ -363,10 +366,11 @@ def damaged(folder: Path) -> list[str]:
     for record in manifest["pieces"].values():
         if "file" in record:
             file = folder / record["file"]
-            if not file.is_file():
-                found.append(f"{file}: missing")
-            elif _sha256(file) != record["sha256"]:
-                found.append(f"{file}: not what was written")
+            for name, digest in ((file, record["sha256"]), (Path(index_name(str(file))), record["index_sha256"])):
+                if not name.is_file():
+                    found.append(f"{name}: missing")
+                elif _sha256(name) != digest:
+                    found.append(f"{name}: not what was written")
     return found
 
 

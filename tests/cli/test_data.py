@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,11 @@ from scipy.io import savemat
 
 from effnet_train.cli import build, check
 from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.data.archives import shards
+from effnet_train.data.classes import real_labels
 from effnet_train.data.loader import train_batches
 from effnet_train.data.order import Order
+from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 
 Cli = Callable[..., Any]
@@ -209,6 +215,43 @@ def test_prepared_shards_are_trained_on(cli: Cli, official: Path, tmp_path: Path
     damaged = cli("data", "verify", "data=shards", "data.root=out", "data.cache=cache")
     assert damaged.status == 1
     assert "out/train-000001.tar: not what was written" in damaged.out
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 0)])
+def test_convert_asked_to_stop_leaves_nothing_unfinished(
+    cli: Cli, tmp_path: Path, imagenet_jpegs: dict[str, bytes], number: signal.Signals, workers: int
+) -> None:
+    """A signal to the whole group, as a terminal and a scheduler send it, in the middle of a piece."""
+    for place in range(300):
+        folder = tmp_path / "images" / ("train" if place % 5 else "val") / "ab"[place % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place:04d}.jpg").write_bytes(list(imagenet_jpegs.values())[place % 40])
+    words = ["convert", "data=folder", "data.root=images", "output=out", "images=100", "resize=200"]
+    command = [sys.executable, "-m", "effnet_train.cli.data", *words, f"workers={workers}"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("out/.train-*.tmp")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert told.endswith(f"{number.name}: stopped; the same command goes on from what is written\n")
+    assert "Traceback" not in told
+    assert not list(tmp_path.glob("out/.*"))
+    assert cli("data", *words, "workers=0").status == 0
+
+
+def test_reassessed_labels_find_their_images_in_shards(cli: Cli, official: Path, tmp_path: Path) -> None:
+    """By the names that the images have had in ImageNet's own archive."""
+    words = ("prepare", f"data.root={official}", "data.cache=cache", "data.expected=null")
+    done = cli("data", *words, "output=out", "resize=64", "images=3")
+    assert done.status == 0, done.err
+    val = shards("out", train="train-*.tar", val="val-*.tar", cache="cache", preprocess=Preprocess(16)).val
+    (tmp_path / "real.json").write_text(json.dumps([[0], [1], [2], []]))
+    real = real_labels(tmp_path / "real.json", val, range(3))[:, 0].tolist()
+    # The validation images 1 to 4 are of the classes 2, 0, 0, 1.
+    assert sorted(zip(real, [val.read(i)[1] for i in range(4)], strict=True)) == [(-1, 1), (0, 2), (1, 0), (2, 0)]
 
 
 @pytest.mark.slow

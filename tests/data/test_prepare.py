@@ -1,21 +1,24 @@
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from effnet_train.data import prepare
+from effnet_train.data import pieces
 from effnet_train.data.archives import shards
 from effnet_train.data.decode import decode
-from effnet_train.data.prepare import Options, damaged, shrink, write
+from effnet_train.data.pieces import Options, shrink
+from effnet_train.data.prepare import damaged, write
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import FolderSource, Subset
 
@@ -57,8 +60,9 @@ def test_shards_hold_every_image_once(photos, tmp_path, workers):
     assert contents(data.train) == contents(photos["train"])
     assert contents(data.val) == contents(photos["val"])
     assert data.classes == ("ant", "bee", "cow")
+    names = [*(f"train-{i:06d}" for i in range(5)), "val-000000", "val-000001"]
     assert sorted(os.listdir(out)) == sorted(
-        ["classes.txt", "manifest.json", *(f"train-{i:06d}.tar" for i in range(5)), "val-000000.tar", "val-000001.tar"]
+        ["classes.txt", "manifest.json", *(f"{name}{suffix}" for name in names for suffix in (".tar", ".index.json"))]
     )
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert manifest["complete"]
@@ -80,9 +84,82 @@ def test_webdataset_reads_the_shards(photos, tmp_path):
     names = [str(tmp_path / f"out/val-{i:06d}.tar") for i in (0, 1)]
     # In a process of its own: it leaves files open.
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, timeout=60)
-    ours = [(f"{i:06d}", *photos["val"].read(i)) for i in range(8)]
+    ours = [(Path(photos["val"].name(i)).stem, *photos["val"].read(i)) for i in range(8)]
     expected = [f"{key} {label} {hashlib.sha256(data).hexdigest()}" for key, data, label in ours]
     assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_the_index_beside_is_that_of_the_tar(photos, tmp_path):
+    """As the headers tell, read by Python's tarfile."""
+    write(photos, tmp_path / "out", Options("shards", images=5), source=SOURCE)
+    for archive in (tmp_path / "out").glob("*.tar"):
+        found = json.loads(archive.with_suffix(".index.json").read_text())
+        with tarfile.open(archive) as tar:
+            members = {member.name: member for member in tar}
+            labels = {name.removesuffix(".cls"): int(tar.extractfile(name).read()) for name in members if "cls" in name}
+        images = [[m.offset_data, m.size, labels[n.removesuffix(".jpg")], n] for n, m in members.items() if "jpg" in n]
+        assert found == {"version": 1, "bytes": archive.stat().st_size, "images": images}
+    first = tmp_path / "out/val-000000.index.json"
+    first.write_text(first.read_text().replace(",0,", ",1,"))
+    assert damaged(tmp_path / "out") == [f"{first}: not what was written"]
+
+
+NAMES = ["a/x/1.png", "a/y/1.png", "b/1.png", "b/two.dots.PNG", "b/" + "long" * 50 + ".png", "b/é猫.jpeg"]
+
+
+def test_shards_keep_the_images_names(tmp_path):
+    """But for dots, at which a sample's key would end, and names that are there already."""
+    for number, path in enumerate(NAMES):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number).save(tmp_path / "in" / path)
+    source = FolderSource(tmp_path / "in")
+    write({"train": source, "val": source}, tmp_path / "out", Options("shards", seed=None), source=SOURCE)
+    data = read_shards(tmp_path / "out", tmp_path)
+    names = [data.val.name(i).partition(".tar:")[2] for i in range(6)]
+    assert names == ["1.png", "1-000001.png", "1-000002.png", "long" * 50 + ".png", "two_dots.png", "é猫.jpg"]
+    assert contents(data.val) == contents(source)
+    for index in (tmp_path / "out").glob("*.index.json"):
+        index.unlink()
+    scanned = shards(
+        str(tmp_path / "out"), train="train-*.tar", val="val-*.tar", preprocess=Preprocess(8), cache=str(tmp_path / "d")
+    )
+    assert [scanned.val.name(i) for i in range(6)] == [data.val.name(i) for i in range(6)]
+    assert contents(scanned.val) == contents(source)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resize", [None, 100])
+def test_shards_of_a_size(photos, tmp_path, resize, workers):
+    """None is larger, and none could have held the next image too; images are another limit."""
+    limit = 700_000 if resize is None else 60_000
+    options = Options("shards", images=7, megabytes=limit / 1e6, resize=resize)
+    write(photos, tmp_path / "out", options, source=SOURCE, workers=workers)
+    found = []
+    for archive in sorted((tmp_path / "out").glob("train-*.tar")):
+        with tarfile.open(archive) as tar:
+            ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar if member.name.endswith(".cls")]
+        found.append((archive.stat().st_size, ends))
+    assert sum(len(ends) for _, ends in found) == 23
+    assert max(len(ends) for _, ends in found) <= 7
+    assert max(size for size, _ in found) <= limit
+    for (_, ends), (_, following) in itertools.pairwise(found):
+        together = -(-(ends[-1] + following[0] + 1024) // 10240) * 10240
+        assert len(ends) == 7 or together > limit
+    assert len(found) > 4  # the size counts
+    assert contents(read_shards(tmp_path / "out", tmp_path).train).total() == 23
+
+
+def test_shards_of_a_size_go_on(photos, tmp_path):
+    options, out = Options("shards", images=None, megabytes=0.6), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write({**photos, "train": _StopAfter(photos["train"], 23 + 9)}, out, options, source=SOURCE)
+    resumed = _StopAfter(photos["train"], 22)  # fewer than all: sizes are known
+    write({**photos, "train": resumed}, out, options, source=SOURCE)
+    write(photos, tmp_path / "whole", options, source=SOURCE)
+    assert tree(out) == tree(tmp_path / "whole")
+    # An image that is larger than all that a shard may hold has one to itself.
+    write(photos, tmp_path / "small", Options("shards", megabytes=0.001), source=SOURCE)
+    assert len(list((tmp_path / "small").glob("*.tar"))) == 31
 
 
 def test_the_seed_settles_the_order_of_train_only(photos, tmp_path):
@@ -111,7 +188,7 @@ def test_there_and_back_is_the_same(photos, tmp_path):
 
 
 def test_folders_keep_names_and_bytes(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_FOLDER_PIECE", 4)
+    monkeypatch.setattr(pieces, "FOLDER_PIECE", 4)
     out = tmp_path / "out"
     write(photos, out, Options("folder"), source=SOURCE)
     written = {name: data for name, data in tree(out).items() if name not in ("manifest.json", "classes.txt")}
@@ -195,7 +272,7 @@ class _StopAfter:
 @pytest.mark.parametrize("to", ["shards", "folder"])
 @pytest.mark.parametrize("count", [0, 4, 12, 22])
 def test_what_was_begun_goes_on(photos, tmp_path, monkeypatch, to, count):
-    monkeypatch.setattr(prepare, "_FOLDER_PIECE", 4)
+    monkeypatch.setattr(pieces, "FOLDER_PIECE", 4)
     options, out, whole = Options(to, images=4), tmp_path / "out", tmp_path / "whole"
     with pytest.raises(KeyboardInterrupt):
         write({**photos, "train": _StopAfter(photos["train"], count)}, out, options, source=SOURCE)
@@ -290,6 +367,8 @@ def test_classes_that_are_no_folders_names(photos, tmp_path, name):
         ({"to": "zip"}, "to=zip is not known: use folder or shards"),
         ({"subsampling": "4:1:0"}, "subsampling=4:1:0 is not known"),
         ({"images": 0}, "images=0 must be at least 1"),
+        ({"megabytes": 0}, "megabytes=0 is the size of a shard: give more than 0, and to=shards, or null"),
+        ({"megabytes": 3, "to": "folder"}, "megabytes=3 is the size of a shard"),
         ({"resize": 0}, "resize=0 must be at least 1"),
         ({"quality": 101}, "quality=101 must be at most 100"),
     ],
