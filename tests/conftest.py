@@ -1,6 +1,13 @@
+import json
 import os
 import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -60,3 +67,84 @@ def imagenet_jpegs(shared_data):
             if len(found) == 40:
                 break
     return found
+
+
+class Hub(NamedTuple):
+    """A Hugging Face hub on this machine: where it is, the folder that it serves, and what it was asked for.
+
+    In the folder lie `owner/name/` for a model and `datasets/owner/name/` for a data set.
+    """
+
+    address: str
+    root: Path
+    asked: list[str]
+
+
+class _HubRequest(BaseHTTPRequestHandler):
+    commit = "0123456789012345678901234567890123456789"
+
+    def __init__(self, root: Path, asked: list[str], *arguments: Any) -> None:
+        self.root, self.asked = root, asked
+        super().__init__(*arguments)
+
+    def _answer(self) -> bytes:
+        path = self.path.partition("?")[0].strip("/")
+        self.asked.append(f"{self.command} /{path}")
+        if path.startswith("api/"):
+            kind, owner, name, asked, *_ = path.removeprefix("api/").split("/")
+            data = self._listing(self.root / kind / owner / name, asked)
+        else:
+            repository, _, rest = path.partition("/resolve/")
+            revision, _, file = rest.partition("/")
+            data = self._file(self.root / repository / file, revision)
+        if data is None:
+            self.send_response(404)
+            known = (self.root / path.partition("/resolve/")[0]).is_dir()
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return b""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json" if path.startswith("api/") else "application/octet-stream")
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        return data
+
+    def _listing(self, folder: Path, asked: str) -> bytes | None:
+        if not folder.is_dir():
+            return None
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+        siblings = [{"rfilename": name} for name in names]
+        return json.dumps(tree if asked == "tree" else {"id": "x/y", "sha": self.commit, "siblings": siblings}).encode()
+
+    def _file(self, file: Path, revision: str) -> bytes | None:
+        return file.read_bytes() if revision in ("main", "v1", self.commit) and file.is_file() else None
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self.wfile.write(self._answer())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """Return a hub of this machine, which serves an empty folder."""
+    asked: list[str] = []
+    root = tmp_path / "hub"
+    root.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_HubRequest, root, asked))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield Hub(f"http://127.0.0.1:{server.server_port}", root, asked)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -6,12 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -353,67 +348,6 @@ try:
 except (ValueError, FileNotFoundError) as error:
     print(f"{type(error).__name__}: {error}")
 """
-COMMIT = "0123456789012345678901234567890123456789"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Serve a folder as the data set someone/set of the Hugging Face hub: its list of files, and the files."""
-
-    def __init__(self, root: Path, asked: list[str], *arguments: Any) -> None:
-        self.root, self.asked = root, asked
-        super().__init__(*arguments)
-
-    def answer(self) -> bytes:
-        path = self.path.partition("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        if path.startswith("/api/datasets/someone/set/"):
-            files = sorted(file for file in self.root.rglob("*") if file.is_file())
-            names = [str(file.relative_to(self.root)) for file in files]
-            tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
-            info = {"id": "someone/set", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-            data = json.dumps(tree if "/tree/" in path else info).encode()
-            kind = "application/json"
-        elif path.startswith("/datasets/someone/set/resolve/"):
-            data = (self.root / path.split("/", 6)[6]).read_bytes()
-            kind = "application/octet-stream"
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return b""
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return data
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.wfile.write(self.answer())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Return the address of a hub on this machine, and what it was asked for."""
-    asked: list[str] = []
-    (root / "data/test-00000-of-00001.parquet").write_bytes(b"not asked for")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root, asked))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def from_hub(name: str, tmp_path: Path, **environment: str) -> str:
@@ -425,8 +359,17 @@ def from_hub(name: str, tmp_path: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_data_set_of_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, asked = hub
+@pytest.fixture
+def published(hub: Any, root: Path) -> Any:
+    """Return a hub that has the folder as someone/set, with a split that nobody asks for."""
+    (root / "data/test-00000-of-00001.parquet").write_bytes(b"not asked for")
+    (hub.root / "datasets/someone").mkdir(parents=True)
+    (hub.root / "datasets/someone/set").symlink_to(root)
+    return hub
+
+
+def test_a_data_set_of_the_hub(published: Any, tmp_path: Path) -> None:
+    address, _, asked = published
     assert from_hub("hub:someone/set", tmp_path, HF_ENDPOINT=address) == "8 4 ant bee"
     assert any("train-00001-of-00002.parquet" in line for line in asked)
     assert not any("test-00000" in line for line in asked)
@@ -438,3 +381,61 @@ def test_a_data_set_of_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> No
         f"FileNotFoundError: data.root=hub:someone/none: cannot fetch it from {address} (Repository"
     )
     assert "log in (hf auth login)" in absent
+
+
+def card(*names: str, label: str = "label", config: str | None = None) -> dict[str, Any]:
+    """Return what `datasets` writes of a configuration into a data set's card."""
+    kind = {"class_label": {"names": {str(number): name for number, name in enumerate(names)}}}
+    features = [{"name": "image", "dtype": "image"}, {"name": label, "dtype": kind}]
+    return {**({"config_name": config} if config else {}), "features": features, "splits": [{"name": "train"}]}
+
+
+def write_card(folder: Path, infos: Any) -> None:
+    import yaml
+
+    heading = yaml.safe_dump({"license": "mit", "dataset_info": infos})
+    (folder / "README.md").write_text(f"---\n{heading}---\n# A set\n\n---\nof images\n")
+
+
+def test_the_hubs_card_names_the_classes(published: Any, root: Path, tmp_path: Path) -> None:
+    """Which is fetched too; where there is a file of names as well, that is asked first."""
+    for file in root.glob("data/[tv]*[n]-*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.replace_schema_metadata(None), file)
+    write_card(root, card("wasp", "yak"))
+    assert from_hub("hub:someone/set", tmp_path, HF_ENDPOINT=published.address) == "8 4 wasp yak"
+    (root / "classes.txt").write_text("cow\ndog\n")
+    assert from_hub("hub:someone/set", tmp_path / "other", HF_ENDPOINT=published.address) == "8 4 cow dog"
+
+
+NUMBERS = ("0", "1", "2")
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(
+    ("infos", "classes"),
+    [
+        (card("ant", "bee", "cow"), ("ant", "bee", "cow")),
+        ([card("ant", "bee", "cow", config="a"), card("ant", "bee", "cow", config="b")], ("ant", "bee", "cow")),
+        ([card("x", "y", "z", config="other"), card("ant", "bee", "cow", config="plain")], ("ant", "bee", "cow")),
+        ([card("x", "y", "z", config="a"), card("ant", "bee", "cow", config="b")], NUMBERS),
+        (card("ant", "bee", "cow", label="fine"), NUMBERS),
+        ({"features": [{"name": "label", "dtype": "int64"}]}, NUMBERS),
+        ({"features": [{"name": "label", "dtype": {"class_label": {"names": {"0": "a", "2": "b"}}}}]}, NUMBERS),
+        ("nonsense", NUMBERS),
+        (None, NUMBERS),
+    ],
+)
+def test_a_card_beside_the_files(tmp_path: Path, infos: Any, classes: tuple[str, ...], copy: bool) -> None:
+    write(tmp_path / "set/plain/train.parquet", [0, 2, 1])
+    write(tmp_path / "set/plain/validation.parquet", [1, 0])
+    write_card(tmp_path / "set", infos)
+    assert load(tmp_path / "set", tmp_path, copy=copy).classes == classes
+
+
+def test_a_card_that_names_too_few(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path / f"set/{split}.parquet", [0, 2, 1])
+    write_card(tmp_path / "set", card("ant", "bee"))
+    with pytest.raises(ValueError, match=r"set/README\.md names 2 classes, the labels go up to 2"):
+        load(tmp_path / "set", tmp_path)

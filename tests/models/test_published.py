@@ -4,11 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from functools import partial
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,58 +31,6 @@ for name in sys.argv[1:]:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Serve a folder's `owner/name/file` as the Hugging Face hub does: /owner/name/resolve/revision/file."""
-
-    def __init__(self, root: Path, requests: list[str], *arguments: Any) -> None:
-        self.root, self.requests = root, requests
-        super().__init__(*arguments)
-
-    def answer(self) -> bytes:
-        self.requests.append(f"{self.command} {self.path}")
-        owner, name, _, revision, file = self.path.strip("/").split("/", 4)
-        path = self.root / owner / name / file
-        if revision not in ("main", "v1") or not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if path.parent.is_dir() else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return b""
-        data = path.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
-        self.send_header("ETag", f'"{sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return data
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.wfile.write(self.answer())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Return the address of a hub on this machine, its folder, and what it was asked for."""
-    requests: list[str] = []
-    root = tmp_path / "hub"
-    root.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root, requests))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", root, requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def load(*names: str, home: Path, **environment: str) -> list[dict[str, Any]]:
     """Return what became of each name, in a process with an empty cache in `home` at first."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
@@ -110,7 +53,7 @@ def publish(folder: Path, architecture: str, **config: Any) -> float:
     return float(network.classifier.bias.detach().double().sum())
 
 
-def test_the_hub_is_asked_once_and_the_cache_then(hub: tuple[str, Path, list[str]], tmp_path: Path) -> None:
+def test_the_hub_is_asked_once_and_the_cache_then(hub: Any, tmp_path: Path) -> None:
     address, root, requests = hub
     total = publish(root / "someone" / "b0", "tf_efficientnet_b0.ap_in1k", label_names=list("abcdefghij"))
     timms = publish(root / "timm" / "efficientnet_b0.ra_in1k", "efficientnet_b0.ra_in1k")
