@@ -149,6 +149,10 @@ def shards(
     of this machine, shards at a URL are copied there, whole, each when it is first read. Raises FileNotFoundError,
     ValueError, RemoteError.
     """
+    if shard_cache is not None and not is_remote(root):
+        raise ValueError(
+            f"data.shard_cache={shard_cache} is for shards at a URL, and data.root={root} is a folder: set null"
+        )
     folder = Path(cache) if cache else default_cache()
     sources = [_shards(root, pattern, folder, shard_cache) for pattern in (train, val)]
     names = class_names(root, max(len(source.classes) for source in sources))

@@ -310,6 +310,13 @@ def test_places_that_take_no_copies(
         load(files[0], tmp_path, shard_cache=str(tmp_path / "ssd"))
 
 
+def test_copies_of_what_is_here_are_refused(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.shard_cache=ssd is for shards at a URL, and data\.root=.* is a folder"
+    ):
+        load(sharded, tmp_path, shard_cache="ssd")
+
+
 def test_a_disk_that_fills_up(files: tuple[str, type[Files]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is neither tried again nor a corrupt image."""
     system = remote.file_system(files[0])
