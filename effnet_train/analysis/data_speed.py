@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment
+from effnet_train.data.backends import DEVICE_BACKENDS
 from effnet_train.data.datasets import Data
-from effnet_train.data.loader import eval_batches, train_batches
+from effnet_train.data.device_batches import check_device
+from effnet_train.data.loader import Batch, eval_batches, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import Files, FolderSource
@@ -45,20 +47,29 @@ class _Repeated:
         return self.source.name(index % len(self.source))
 
 
+def _arrived(batch: Batch) -> int:
+    """Return how many images a batch has, once they are there."""
+    if batch.images.is_cuda:
+        torch.cuda.current_stream(batch.images.device).synchronize()
+    return len(batch.labels)
+
+
 def ours(backend: str) -> Contender:
-    """Return this package's loader with one of `data.backends.BACKENDS`."""
+    """Return this package's loader with one of `data.backends.BACKENDS`. Raises ValueError where it needs a GPU."""
+    device = torch.device("cuda" if backend in DEVICE_BACKENDS and torch.cuda.is_available() else "cpu")
+    check_device(backend, device, Preprocess(_RESOLUTION))
 
     def batches(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int]:
         source = FolderSource(root)
         if train:
             data = Data(source, source, None, Preprocess(_RESOLUTION), "raise", backend)
             order, augment = Order(len(source), batch_size, seed=0), Augment(policy=AutoAugment())
-            found = train_batches(data, augment, order, start=0, stop=10**9, workers=workers)
+            found = train_batches(data, augment, order, start=0, stop=10**9, workers=workers, device=device)
         else:
             endless = _Repeated(source, 200_000)
             data = Data(endless, endless, None, Preprocess(_RESOLUTION), "raise", backend)
-            found = eval_batches(endless, data, batch_size=batch_size, workers=workers)
-        return (len(batch.labels) for batch in found)
+            found = eval_batches(endless, data, batch_size=batch_size, workers=workers, device=device)
+        return map(_arrived, found)
 
     return batches
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from effnet_train.analysis.activation_map import activation_map, picture
+from effnet_train.data.backends import BACKENDS
 from effnet_train.data.datasets import Data
+from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.data.sources import Files
@@ -33,6 +35,7 @@ class Predictor:
     words: Sequence[str]
     top: int = 5
     precision: str = "fp32"
+    backend: str = BACKENDS[0]
     maps: Path | None = None
     mapped: int | None = None
 
@@ -43,9 +46,10 @@ class Predictor:
 
         A class is `class`, `name` and `probability`; the likeliest comes first. Rows come as batches are done.
         """
-        data = Data(files, files, None, self.preprocess, "skip")
-        pin = device.type == "cuda"
-        for number, batch in enumerate(eval_batches(files, data, batch_size=batch_size, workers=workers, pin=pin)):
+        data = Data(files, files, None, self.preprocess, "skip", self.backend)
+        check_device(self.backend, device, self.preprocess)
+        batches = eval_batches(files, data, batch_size=batch_size, workers=workers, device=device)
+        for number, batch in enumerate(batches):
             places = range(number * batch_size, min((number + 1) * batch_size, len(files)))
             found = dict(zip(batch.keys.tolist(), self.batch(batch, files, device), strict=True))
             lost = [place for place in places if place not in found]
@@ -96,7 +100,7 @@ class Predictor:
         heat = activation_map(features, self.model.classifier.weight.float(), mapped).cpu().numpy()
         shares = probabilities.gather(1, mapped[:, None])[:, 0].tolist()
         for place, index, share, pixels, one in zip(
-            batch.keys.tolist(), mapped.tolist(), shares, batch.images.numpy(), heat, strict=True
+            batch.keys.tolist(), mapped.tolist(), shares, batch.images.cpu().numpy(), heat, strict=True
         ):
             # Files of several folders may have the same name; and a name may be as long as the disk allows.
             target = self.maps / f"{place:05d}-{Path(files.name(place)).stem[:_STEM_LETTERS]}.png"

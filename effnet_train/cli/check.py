@@ -49,7 +49,7 @@ EVAL: Mapping[str, Any] = {
     **dict.fromkeys(("real_labels", "details", "output"), str | None),
 }
 PREDICT: Mapping[str, Any] = {
-    **dict.fromkeys(("checkpoint", "weights", "precision", "device"), str),
+    **dict.fromkeys(("checkpoint", "weights", "precision", "device", "backend"), str),
     **dict.fromkeys(("source", "cam", "output"), str | None),
     "cam_class": str | int | None,
     "resolution": int | None,

@@ -233,9 +233,11 @@ def _member(
 ) -> "Member":
     """Return a checkpoint's network, of the classes to score by, and this rank's images in its own preprocessing."""
     from effnet_train.cli import build
+    from effnet_train.data.device_batches import check_device
     from effnet_train.data.loader import eval_batches
     from effnet_train.engine.evaluate import Member, OfClasses
 
+    check_device(data.backend, session.device, part.preprocess)
     whole = list(scored) == list(range(len(part.classes)))
     model = part.model if whole else OfClasses(part.model, scored, session.device)
     workers = build.resolve_workers(config["workers"], session.device)
@@ -248,7 +250,7 @@ def _member(
         rank=session.rank,
         world_size=session.world_size,
         workers=workers,
-        pin=session.device.type == "cuda",
+        device=session.device,
         crops=config["crops"],
     )
     return Member({part.label: model}, batches, part.preprocess)

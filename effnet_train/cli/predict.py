@@ -55,6 +55,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
     from effnet_train.analysis.details import readable_names
     from effnet_train.analysis.prediction import Predictor, class_number
     from effnet_train.cli import build, check
+    from effnet_train.data.backends import check_backend
     from effnet_train.data.preprocess import Preprocess
     from effnet_train.data.sources import find_files
 
@@ -65,6 +66,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
     files = find_files(inputs, stdin=stdin() if _STDIN in inputs else None)
     if config["cam_class"] is not None and not config["cam"]:
         raise ValueError(f"cam_class={config['cam_class']} has no effect without cam=FOLDER")
+    check_backend(config["backend"])
     _check_output(config["output"], [*inputs, config["checkpoint"]])
     maps = _folder_of_maps(config["cam"])
     with distributed.open_session(distributed.resolve_device(config["device"])) as session:
@@ -79,6 +81,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
             words=words,
             top=config["top"],
             precision=precision,
+            backend=config["backend"],
             maps=maps,
             mapped=class_number(config["cam_class"], meta["classes"], words),
         )

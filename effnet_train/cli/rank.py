@@ -16,6 +16,7 @@ from torch import nn
 from effnet_train.cli import build, run_folder
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
+from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.sources import Source
@@ -58,6 +59,7 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     build.set_arithmetic(precision, cfg.deterministic, session.device)
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
+    check_device(data.backend, session.device, data.preprocess, augment)
     plan = build.build_plan(cfg, len(data.train))
     too_large = build.check_size(cfg.batch_size, len(data.train))
     if too_large and session.is_main:
@@ -168,10 +170,16 @@ def _batches(
     cfg: DictConfig, data: Data, augment: Augment, plan: Plan, folder: Path, session: Session, start: int
 ) -> Iterator[tuple[Batch, ...]]:
     order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
-    cuda = session.device.type == "cuda"
     workers = build.resolve_workers(cfg.workers, session.device)
     micro_batches = train_batches(
-        data, augment, order, start=start, stop=plan.total_steps, accumulate=cfg.accumulate, workers=workers, pin=cuda
+        data,
+        augment,
+        order,
+        start=start,
+        stop=plan.total_steps,
+        accumulate=cfg.accumulate,
+        workers=workers,
+        device=session.device,
     )
     listed = listing(micro_batches, folder / BAD_IMAGES)
     return zip(*[listed] * cfg.accumulate, strict=True)
@@ -194,7 +202,7 @@ def _evaluate(
         rank=session.rank,
         world_size=session.world_size,
         workers=build.resolve_workers(cfg.workers, session.device),
-        pin=session.device.type == "cuda",
+        device=session.device,
     )
     return evaluate(
         models,

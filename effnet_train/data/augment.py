@@ -3,14 +3,16 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from effnet_train.data.autoaugment import Operation
 from effnet_train.data.backends import Box, Picture
 from effnet_train.data.keys import integer, rng, uniform
-from effnet_train.data.preprocess import Preprocess, crop_and_resize, eval_image
+from effnet_train.data.preprocess import Preprocess, View, crop_view, eval_view, look
 
 Policy = Callable[[Image.Image, random.Random], Image.Image]
 
@@ -94,11 +96,25 @@ def _erase_box(size: int, generator: random.Random) -> Box | None:
     return None
 
 
+def erase_value(preprocess: Preprocess) -> list[int]:
+    """Return the colour of what is erased: the mean, which normalising makes (nearly) zero."""
+    return [round(255 * value) for value in preprocess.mean]
+
+
 def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
     pair = tuple(float(value) for value in values)
     if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
         raise ValueError(f"augment.{name}={list(pair)} must be two positive numbers, the smaller first")
     return pair[0], pair[1]
+
+
+class Draws(NamedTuple):
+    """All that is random of an image: what is seen of it, the flip, the policy's operations, and the box erased."""
+
+    view: View
+    flip: bool = False
+    operations: Sequence[Operation] = ()
+    erase: Box | None = None
 
 
 class Augment:
@@ -135,28 +151,49 @@ class Augment:
     def __call__(self, image: Picture | Image.Image, preprocess: Preprocess, key: int) -> np.ndarray:
         """Return the pixels (R, R, 3) uint8 of an RGB image: a pure function of the arguments."""
         generator = rng(key)
-        pixels = self._crop(image, preprocess, generator)
+        pixels = look(image, self._view(image.size, preprocess, generator), preprocess)[0]
         if generator.random() < self.flip:
             # Ten times as fast as numpy's copy of a reversed view.
             pixels = torch.from_numpy(pixels).flip(1).numpy()
         if self.policy is not None:
             pixels = np.array(self.policy(Image.fromarray(pixels), generator))
-        if generator.random() < self.erase:
-            box = _erase_box(preprocess.resolution, generator)
-            if box is not None:
-                left, top, width, height = box
-                # The mean, which normalising makes (nearly) zero.
-                pixels[top : top + height, left : left + width] = [round(255 * value) for value in preprocess.mean]
+        box = self._erased(preprocess, generator)
+        if box is not None:
+            left, top, width, height = box
+            pixels[top : top + height, left : left + width] = erase_value(preprocess)
         return pixels
 
-    def _crop(self, image: Picture | Image.Image, preprocess: Preprocess, generator: random.Random) -> np.ndarray:
+    def draw(self, size: tuple[int, int], preprocess: Preprocess, key: int) -> Draws:
+        """Return what calling this draws for an image of `size` (width, height), without the image.
+
+        Raises ValueError for a policy that has no method `draw`.
+        """
+        self.check_drawable()
+        generator = rng(key)
+        view, flip = self._view(size, preprocess, generator), generator.random() < self.flip
+        square = (preprocess.resolution, preprocess.resolution)
+        operations = () if self.policy is None else self.policy.draw(square, generator)  # type: ignore[attr-defined]
+        return Draws(view, flip, operations, self._erased(preprocess, generator))
+
+    def check_drawable(self) -> None:
+        """Raise ValueError where the policy can only be applied, and not drawn beforehand."""
+        if self.policy is not None and not hasattr(self.policy, "draw"):
+            raise ValueError(
+                f"augment.policy={type(self.policy).__name__} has no method draw(size, generator), which says what it "
+                "does without doing it: use AutoAugment or RandAugment, or a data.backend that augments on the CPU"
+            )
+
+    def _view(self, size: tuple[int, int], preprocess: Preprocess, generator: random.Random) -> View:
         box = None
         if self.area is not None:
-            box = inception_crop(*image.size, generator=generator, area=self.area, aspect=self.aspect)
+            box = inception_crop(*size, generator=generator, area=self.area, aspect=self.aspect)
         if box is not None:
-            return crop_and_resize(image, box, preprocess)
-        pixels, size, pad = eval_image(image, preprocess), preprocess.resolution, self.pad
-        if not pad:
-            return pixels
-        left, top = (integer(generator, 2 * pad + 1) for _ in range(2))
-        return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))[top : top + size, left : left + size]
+            return crop_view(box, preprocess)
+        view = eval_view(size, preprocess)
+        if not self.pad:
+            return view
+        right, down = (integer(generator, 2 * self.pad + 1) - self.pad for _ in range(2))
+        return view._replace(shift=(right, down))
+
+    def _erased(self, preprocess: Preprocess, generator: random.Random) -> Box | None:
+        return _erase_box(preprocess.resolution, generator) if generator.random() < self.erase else None

@@ -8,7 +8,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from effnet_train.data.keys import integer
 
 SubPolicy = tuple[tuple[str, float, float], ...]
+Matrix = tuple[float, float, float, float, float, float]
 
 # (operation, probability, level of 10); one of the 25 is drawn per image. Despite its name in the authors' code it is
 # not the ImageNet policy of the AutoAugment paper, which torchvision implements.
@@ -53,7 +54,12 @@ def _tables(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> list[int]:
     return np.concatenate([red, green, blue]).clip(0, 255).astype(np.uint8).tolist()
 
 
-def _blend_constant(image: Image.Image, constant: int, factor: float) -> Image.Image:
+# TensorFlow's grey: its own weights; pixels / 255, times 255.5, cut. PIL adds a half before it cuts. Of all 2**24
+# colours, 164 differ by a level.
+GREY = (0.2989 * (255.5 / 255), 0.5870 * (255.5 / 255), 0.1140 * (255.5 / 255), -0.5)
+
+
+def blend_constant(image: Image.Image, constant: int, factor: float) -> Image.Image:
     """Return constant + factor * (image - constant) in float32."""
     table = np.float32(constant) + np.float32(factor) * (np.arange(256, dtype=np.float32) - np.float32(constant))
     return image.point(_tables(table, table, table))
@@ -111,23 +117,25 @@ def solarize_add(image: Image.Image, addition: int) -> Image.Image:
 
 def color(image: Image.Image, factor: float) -> Image.Image:
     """Blend from the grey image (0) to the image (1) and beyond."""
-    # TensorFlow's grey: its own weights; pixels / 255, times 255.5, cut. PIL adds a half before it cuts. Of all 2**24
-    # colours, 164 differ by a level.
-    scale = 255.5 / 255
-    grey = image.convert("L", (0.2989 * scale, 0.5870 * scale, 0.1140 * scale, -0.5))
+    grey = image.convert("L", GREY)
     return Image.blend(Image.merge("RGB", (grey, grey, grey)), image, factor)
 
 
 def contrast(image: Image.Image, factor: float) -> Image.Image:
     """Blend from a constant (0) to the image (1) and beyond."""
+    return blend_constant(image, contrast_constant(image.size), factor)
+
+
+def contrast_constant(size: tuple[int, int]) -> int:
+    """Return the constant that `contrast` blends an image of `size` (width, height) with."""
     # Meant: the mean grey value. TF code: the sum of the histogram's counts over 256, hence the number of pixels. We
     # follow the code: 196 at 224 x 224, white from 256 x 256 on, whatever the image shows.
-    return _blend_constant(image, min(255, image.width * image.height // 256), factor)
+    return min(255, size[0] * size[1] // 256)
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
     """Blend from black (0) to the image (1) and beyond."""
-    return _blend_constant(image, 0, factor)
+    return blend_constant(image, 0, factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
@@ -169,7 +177,7 @@ def _sources(width: int, height: int, a: float, b: float, c: float, d: float, e:
     return (_source(d, e, f, x, y, height) + 1) * (width + 2) + (_source(a, b, c, x, y, width) + 1)
 
 
-def _project(image: Image.Image, matrix: Sequence[float], fill: int) -> Image.Image:
+def _project(image: Image.Image, matrix: Matrix, fill: int) -> Image.Image:
     """Give each pixel (x, y) the value at (a x + b y + c, d x + e y + f), nearest neighbour, `fill` outside.
 
     Coordinates count from the centre of the first pixel. PIL's own transform works in 16-bit fractions, and takes
@@ -179,38 +187,52 @@ def _project(image: Image.Image, matrix: Sequence[float], fill: int) -> Image.Im
     # One pixel is four bytes; a border of one fill pixel answers for all outside.
     framed = np.full((height + 2, width + 2), fill * 0x010101, dtype=np.uint32)
     framed[1:-1, 1:-1] = np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint32).reshape(height, width)
-    pixels = framed.reshape(-1).take(_sources(width, height, *map(float, matrix)), mode="clip")
+    pixels = framed.reshape(-1).take(_sources(width, height, *matrix), mode="clip")
     return Image.frombytes("RGB", image.size, pixels.tobytes(), "raw", "RGBX")
+
+
+def _rotation(size: tuple[int, int], degrees: float) -> Matrix:
+    angle = np.float32(degrees * (math.pi / 180))
+    cos, sin = np.cos(angle), np.sin(angle)
+    right, bottom = np.float32(size[0] - 1), np.float32(size[1] - 1)
+    c = (right - (cos * right - sin * bottom)) / 2
+    f = (bottom - (sin * right + cos * bottom)) / 2
+    return float(cos), float(-sin), float(c), float(sin), float(cos), float(f)
+
+
+# Of an operation that moves pixels: `_project`'s matrix, by the image's size (width, height) and the magnitude.
+MATRICES: dict[str, Callable[[tuple[int, int], float], Matrix]] = {
+    "Rotate": _rotation,
+    "ShearX": lambda size, level: (1, level, 0, 0, 1, 0),
+    "ShearY": lambda size, level: (1, 0, 0, level, 1, 0),
+    "TranslateX": lambda size, pixels: (1, 0, pixels, 0, 1, 0),
+    "TranslateY": lambda size, pixels: (1, 0, 0, 0, 1, pixels),
+}
 
 
 def rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
     """Turn about the centre, anticlockwise for positive degrees."""
-    angle = np.float32(degrees * (math.pi / 180))
-    cos, sin = np.cos(angle), np.sin(angle)
-    right, bottom = np.float32(image.width - 1), np.float32(image.height - 1)
-    c = (right - (cos * right - sin * bottom)) / 2
-    f = (bottom - (sin * right + cos * bottom)) / 2
-    return _project(image, (cos, -sin, c, sin, cos, f), fill)
+    return _project(image, MATRICES["Rotate"](image.size, degrees), fill)
 
 
 def shear_x(image: Image.Image, level: float, fill: int) -> Image.Image:
     """Move row y by -level * y pixels."""
-    return _project(image, (1, level, 0, 0, 1, 0), fill)
+    return _project(image, MATRICES["ShearX"](image.size, level), fill)
 
 
 def shear_y(image: Image.Image, level: float, fill: int) -> Image.Image:
     """Move column x by -level * x pixels."""
-    return _project(image, (1, 0, 0, level, 1, 0), fill)
+    return _project(image, MATRICES["ShearY"](image.size, level), fill)
 
 
 def translate_x(image: Image.Image, pixels: float, fill: int) -> Image.Image:
     """Move to the left."""
-    return _project(image, (1, 0, pixels, 0, 1, 0), fill)
+    return _project(image, MATRICES["TranslateX"](image.size, pixels), fill)
 
 
 def translate_y(image: Image.Image, pixels: float, fill: int) -> Image.Image:
     """Move upwards."""
-    return _project(image, (1, 0, 0, 0, 1, pixels), fill)
+    return _project(image, MATRICES["TranslateY"](image.size, pixels), fill)
 
 
 def cutout(image: Image.Image, pad: int, center: tuple[int, int], fill: int) -> Image.Image:
@@ -237,37 +259,66 @@ def _enhance(level: float) -> float:
     return (level / 10) * 1.8 + 0.1
 
 
-def _random_center(image: Image.Image, rng: random.Random) -> tuple[int, int]:
-    return integer(rng, image.width), integer(rng, image.height)
+def _translation(size: tuple[int, int], level: float, rng: random.Random, scale: _Scale) -> tuple[float, int]:
+    return _either(level / 10 * scale.translate, rng), scale.fill
 
 
-_Operation = Callable[[Image.Image, float, random.Random, _Scale], Image.Image]
+def _shear(size: tuple[int, int], level: float, rng: random.Random, scale: _Scale) -> tuple[float, int]:
+    return _either(level / 10 * 0.3, rng), scale.fill
 
-# Each takes an image, the level of 10 (RandAugment's may be more), the sample's generator and the scale.
-_OPERATIONS: dict[str, _Operation] = {
-    "AutoContrast": lambda image, level, rng, scale: autocontrast(image),
-    "Equalize": lambda image, level, rng, scale: equalize(image),
-    "Invert": lambda image, level, rng, scale: invert(image),
-    "Rotate": lambda image, level, rng, scale: rotate(image, _either(level / 10 * 30, rng), scale.fill),
-    "Posterize": lambda image, level, rng, scale: posterize(image, int(level / 10 * 4)),
-    "Solarize": lambda image, level, rng, scale: solarize(image, int(level / 10 * 256)),
-    "SolarizeAdd": lambda image, level, rng, scale: solarize_add(image, int(level / 10 * 110)),
-    "Color": lambda image, level, rng, scale: color(image, _enhance(level)),
-    "Contrast": lambda image, level, rng, scale: contrast(image, _enhance(level)),
-    "Brightness": lambda image, level, rng, scale: brightness(image, _enhance(level)),
-    "Sharpness": lambda image, level, rng, scale: sharpness(image, _enhance(level)),
-    "ShearX": lambda image, level, rng, scale: shear_x(image, _either(level / 10 * 0.3, rng), scale.fill),
-    "ShearY": lambda image, level, rng, scale: shear_y(image, _either(level / 10 * 0.3, rng), scale.fill),
-    "TranslateX": lambda image, level, rng, scale: translate_x(
-        image, _either(level / 10 * scale.translate, rng), scale.fill
-    ),
-    "TranslateY": lambda image, level, rng, scale: translate_y(
-        image, _either(level / 10 * scale.translate, rng), scale.fill
-    ),
-    "Cutout": lambda image, level, rng, scale: cutout(
-        image, int(level / 10 * scale.cutout), _random_center(image, rng), scale.fill
+
+_Arguments = Callable[[tuple[int, int], float, random.Random, _Scale], tuple[Any, ...]]
+
+# Each with what it takes besides the image: of its size (width, height), the level of 10 (RandAugment's may be more),
+# the sample's generator and the scale.
+_OPERATIONS: dict[str, tuple[Callable[..., Image.Image], _Arguments]] = {
+    "AutoContrast": (autocontrast, lambda size, level, rng, scale: ()),
+    "Equalize": (equalize, lambda size, level, rng, scale: ()),
+    "Invert": (invert, lambda size, level, rng, scale: ()),
+    "Rotate": (rotate, lambda size, level, rng, scale: (_either(level / 10 * 30, rng), scale.fill)),
+    "Posterize": (posterize, lambda size, level, rng, scale: (int(level / 10 * 4),)),
+    "Solarize": (solarize, lambda size, level, rng, scale: (int(level / 10 * 256),)),
+    "SolarizeAdd": (solarize_add, lambda size, level, rng, scale: (int(level / 10 * 110),)),
+    "Color": (color, lambda size, level, rng, scale: (_enhance(level),)),
+    "Contrast": (contrast, lambda size, level, rng, scale: (_enhance(level),)),
+    "Brightness": (brightness, lambda size, level, rng, scale: (_enhance(level),)),
+    "Sharpness": (sharpness, lambda size, level, rng, scale: (_enhance(level),)),
+    "ShearX": (shear_x, _shear),
+    "ShearY": (shear_y, _shear),
+    "TranslateX": (translate_x, _translation),
+    "TranslateY": (translate_y, _translation),
+    "Cutout": (
+        cutout,
+        lambda size, level, rng, scale: (
+            int(level / 10 * scale.cutout),
+            (integer(rng, size[0]), integer(rng, size[1])),
+            scale.fill,
+        ),
     ),
 }
+
+
+class Operation(NamedTuple):
+    """One of the operations, with all that it takes besides the image."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return a changed copy of an RGB image."""
+        function, _ = _OPERATIONS[self.name]
+        return function(image, *self.arguments)
+
+
+def _drawn(name: str, size: tuple[int, int], level: float, rng: random.Random, scale: _Scale) -> Operation:
+    _, arguments = _OPERATIONS[name]
+    return Operation(name, arguments(size, level, rng, scale))
+
+
+def _applied(operations: Sequence[Operation], image: Image.Image) -> Image.Image:
+    for operation in operations:
+        image = operation(image)
+    return image
 
 
 def _sub_policy(operations: Sequence[Sequence]) -> SubPolicy:
@@ -310,10 +361,12 @@ class AutoAugment:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         """Return an augmented copy of an RGB image."""
-        for name, probability, level in self.policy[integer(rng, len(self.policy))]:
-            if rng.random() < probability:
-                image = _OPERATIONS[name](image, level, rng, self.scale)
-        return image
+        return _applied(self.draw(image.size, rng), image)
+
+    def draw(self, size: tuple[int, int], rng: random.Random) -> tuple[Operation, ...]:
+        """Return what happens to an image of `size` (width, height)."""
+        chosen = self.policy[integer(rng, len(self.policy))]
+        return tuple(_drawn(name, size, level, rng, self.scale) for name, p, level in chosen if rng.random() < p)
 
 
 class RandAugment:
@@ -335,8 +388,12 @@ class RandAugment:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         """Return an augmented copy of an RGB image."""
+        return _applied(self.draw(image.size, rng), image)
+
+    def draw(self, size: tuple[int, int], rng: random.Random) -> tuple[Operation, ...]:
+        """Return what happens to an image of `size` (width, height)."""
         names = tuple(_OPERATIONS)
-        for _ in range(self.layers):
-            # No probability: the authors' code draws one and does not use it.
-            image = _OPERATIONS[names[integer(rng, len(names))]](image, self.magnitude, rng, self.scale)
-        return image
+        # No probability: the authors' code draws one and does not use it.
+        return tuple(
+            _drawn(names[integer(rng, len(names))], size, self.magnitude, rng, self.scale) for _ in range(self.layers)
+        )

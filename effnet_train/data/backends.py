@@ -12,7 +12,9 @@ from effnet_train.data.decode import decode
 
 Box = tuple[int, int, int, int]
 
-BACKENDS = ("simplejpeg", "pillow", "nvimgcodec")
+BACKENDS = ("simplejpeg", "pillow", "nvimgcodec", "nvjpeg")
+# Those that decode, and then also augment, on the device: see `device_batches`.
+DEVICE_BACKENDS = ("nvjpeg",)
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "nearest", "lanczos")}
 
 # torch's resize of bytes; it has no other filters.
@@ -43,13 +45,19 @@ def open_picture(data: bytes | Image.Image, backend: str) -> Picture:
     """Return the picture in encoded bytes, or of an image that its source had decoded already.
 
     `backend` reads plain JPEGs (8 bits, grey or three channels, with an end); Pillow reads the rest, and says what is
-    wrong with files that are damaged. Raises DecodeError.
+    wrong with files that are damaged. One of a device has simplejpeg in its place here. Raises DecodeError.
     """
     if backend != "pillow" and isinstance(data, bytes):
         header = _jpeg_header(data)
         if header is not None:
             return _Jpeg(data, header, _DECODERS[backend])
     return Decoded(decode(data))
+
+
+def plain_jpeg_size(data: bytes | Image.Image) -> tuple[int, int] | None:
+    """Return width and height of a JPEG that other decoders than Pillow are asked to read; None for all else."""
+    header = _jpeg_header(data) if isinstance(data, bytes) else None
+    return None if header is None else (header.width, header.height)
 
 
 def as_picture(image: Picture | Image.Image) -> Picture:
@@ -63,6 +71,20 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"data.backend={backend} is not known: use one of {', '.join(BACKENDS)}")
     if backend == "nvimgcodec":
         _nvimgcodec()
+    if backend in DEVICE_BACKENDS:
+        import_nvimgcodec(backend)
+
+
+def import_nvimgcodec(backend: str) -> Any:
+    """Return nvImageCodec's module. Raises ImportError naming the extra, which has the backend's name."""
+    try:
+        from nvidia import nvimgcodec
+    except ImportError as error:
+        raise ImportError(
+            f"data.backend={backend} needs nvImageCodec: pip install 'effnet-train[{backend}]', "
+            "or use data.backend=simplejpeg"
+        ) from error
+    return nvimgcodec
 
 
 class Decoded:
@@ -199,13 +221,7 @@ def _nvimgcodec_region(data: bytes, header: _Header, box: Box) -> np.ndarray:
 @functools.cache
 def _nvimgcodec() -> tuple[Any, Any, Any]:
     """Return nvImageCodec, its decoder on the processor (it needs no GPU) and how it is to decode."""
-    try:
-        from nvidia import nvimgcodec
-    except ImportError as error:
-        raise ImportError(
-            "data.backend=nvimgcodec needs nvImageCodec: pip install 'effnet-train[nvimgcodec]', "
-            "or use data.backend=simplejpeg"
-        ) from error
+    nvimgcodec = import_nvimgcodec("nvimgcodec")
     decoder = nvimgcodec.Decoder(
         device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
         backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
@@ -215,4 +231,4 @@ def _nvimgcodec() -> tuple[Any, Any, Any]:
     return nvimgcodec, decoder, params
 
 
-_DECODERS = {"simplejpeg": _simplejpeg_region, "nvimgcodec": _nvimgcodec_region}
+_DECODERS = {"simplejpeg": _simplejpeg_region, "nvimgcodec": _nvimgcodec_region, "nvjpeg": _simplejpeg_region}

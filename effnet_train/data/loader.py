@@ -6,20 +6,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from effnet_train.data.augment import Augment
-from effnet_train.data.backends import Picture, open_picture
+from effnet_train.data.augment import Augment, Draws
+from effnet_train.data.backends import DEVICE_BACKENDS, open_picture
 from effnet_train.data.datasets import Data
 from effnet_train.data.decode import DecodeError
+from effnet_train.data.device_augment import send
+from effnet_train.data.device_batches import Encoded, Sample, ahead, augmented, crops, encoded, evaluation_draws, sample
+from effnet_train.data.device_decode import decoder_on
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import eval_image, five_crops
 from effnet_train.data.sources import Source
@@ -27,6 +32,8 @@ from effnet_train.distributed import STOP_SIGNALS
 
 # How many neighbours stand in for a corrupt training image before the loader gives up.
 _SUBSTITUTES = 10
+_CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -60,30 +67,85 @@ class _Images(Dataset[Batch]):
         keys: list[int] = []
         errors: list[str] = []
         for index, key in items:
-            found = self._load(index, key, errors)
+            found = self.load(index, key, errors, self.pixels)
             if found is not None:
-                images[len(labels)], label = found
+                images[len(labels)], label, _ = found
                 labels.append(label)
                 keys.append(key)
         pixels = torch.from_numpy(images[: len(labels)])
         return Batch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(keys, dtype=torch.int64), errors)
 
-    def _load(self, index: int, key: int, errors: list[str]) -> tuple[np.ndarray, int] | None:
-        """Return pixels and label; in training a corrupt image's place goes to the next one."""
+    def load(self, index: int, key: int, errors: list[str], make: Callable[[Any, int], T]) -> tuple[T, int, int] | None:
+        """Return what is made of an image and a key, label and index; in training, of the next for a corrupt one."""
         tries = _SUBSTITUTES if self.augment else 1
         for place in range(index, index + tries):
             place %= len(self.source)
             try:
                 data, label = self.source.read(place)
-                return self._pixels(open_picture(data, self.backend), key), label
+                return make(data, key), label, place
             except (DecodeError, OSError) as error:
                 errors.append(f"{self.source.name(place)}: {error}")
         return None
 
-    def _pixels(self, picture: Picture, key: int) -> np.ndarray:
+    def pixels(self, data: bytes | Image.Image, key: int) -> np.ndarray:
+        """Return the pixels of one image."""
+        picture = open_picture(data, self.backend)
         if self.augment:
             return self.augment(picture, self.preprocess, key)
         return eval_image(picture, self.preprocess) if self.crops == 1 else five_crops(picture, self.preprocess)
+
+
+class _Samples(Dataset[Encoded]):
+    """The same for a device, which makes the pixels."""
+
+    def __init__(self, images: _Images) -> None:
+        self.images = images
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Encoded:
+        errors: list[str] = []
+        loaded = [(self.images.load(index, key, errors, self._sample), key) for index, key in items]
+        rows = [(*found, key) for found, key in loaded if found is not None]
+        samples, labels, indices, keys = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return encoded(samples, indices, labels, keys, errors, resolution=self.images.preprocess.resolution)
+
+    def _sample(self, data: bytes | Image.Image, key: int) -> Sample:
+        return sample(data, self.images.backend, self.images.preprocess, partial(self._draw, key))
+
+    def _draw(self, key: int, size: tuple[int, int]) -> Draws:
+        augment, preprocess = self.images.augment, self.images.preprocess
+        return augment.draw(size, preprocess, key) if augment else evaluation_draws(size, preprocess, self.images.crops)
+
+
+class _OnDevice:
+    """Makes the pixels of what `_Samples` prepared."""
+
+    def __init__(self, images: _Images, device: torch.device) -> None:
+        self.images, self.device, self.decode = images, device, decoder_on(device)
+
+    def __call__(self, prepared: Encoded) -> Batch:
+        preprocess = self.images.preprocess
+        pixels, unread = crops(prepared, self.decode, preprocess, self.device)
+        if self.images.crops == 1:
+            pixels = pixels[:, 0]
+        if self.images.augment:
+            pixels = augmented(pixels, prepared, preprocess)
+        batch = Batch(pixels, prepared.labels, prepared.keys, prepared.errors)
+        return self._mended(batch, [(row, prepared.parts[row].image) for row in unread]) if unread else batch
+
+    def _mended(self, batch: Batch, unread: Sequence[tuple[int, int]]) -> Batch:
+        """Read on the CPU what the device could not, as its header did not tell: (row, index in the source)."""
+        labels, kept, errors = batch.labels.clone(), torch.ones(len(batch.labels), dtype=torch.bool), [*batch.errors]
+        for row, index in unread:
+            found = self.images.load(index, int(batch.keys[row]), errors, self.images.pixels)
+            kept[row] = found is not None
+            if found is not None:
+                pixels, labels[row], _ = found
+                batch.images[row] = send(torch.from_numpy(pixels), self.device)
+        rows = kept.nonzero()[:, 0]
+        labels, keys = labels[rows], batch.keys[rows]
+        if self.device.type == "cuda":
+            labels, keys = labels.pin_memory(), keys.pin_memory()
+        return Batch(batch.images[send(rows, self.device)], labels, keys, errors)
 
 
 def _worker_context() -> Any:
@@ -121,14 +183,32 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _loader(images: _Images, batches: Iterable[list[tuple[int, int]]], workers: int, pin: bool) -> DataLoader[Batch]:
+def _batches(
+    images: _Images, lists: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the batch of each list of (index, key), its pixels in pinned memory, or on the device if made there."""
+    if images.backend not in DEVICE_BACKENDS:
+        yield from _loader(images, lists, workers, device)
+        return
+    prepared, make = iter(_loader(_Samples(images), lists, workers, device)), _OnDevice(images, device)
+
+    def following() -> Batch | None:
+        batch = next(prepared, None)
+        return None if batch is None else make(batch)
+
+    yield from ahead(following, device, lambda batch: [batch.images])
+
+
+def _loader(
+    images: Dataset[Any], lists: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader[Any]:
     return DataLoader(
         images,
-        batch_sampler=batches,
+        batch_sampler=lists,
         num_workers=workers,
         collate_fn=_identity,
         worker_init_fn=_leave_with_the_trainer,
-        pin_memory=pin,
+        pin_memory=device.type == "cuda",
         multiprocessing_context=_worker_context() if workers else None,
         prefetch_factor=2 if workers else None,
     )
@@ -164,15 +244,16 @@ def train_batches(
     stop: int,
     accumulate: int = 1,
     workers: int = 0,
-    pin: bool = False,
+    device: torch.device = _CPU,
 ) -> Iterator[Batch]:
     """Yield this rank's `accumulate` equal micro-batches for each of the steps from `start` to before `stop`.
 
-    They are the same for any number of workers. Raises DataError for a corrupt image where the data set says `raise`;
-    else the next image takes its place.
+    They are the same for any number of workers. With `data.backend` one of a device, their pixels are made and lie on
+    `device`, which may be a CPU for a trial; else they are to be copied there. Raises DataError for a corrupt image
+    where the data set says `raise`; else the next image takes its place.
     """
     parts = _MicroBatches(order, range(start, stop), accumulate)
-    for batch in _loader(_Images(data.train, data, augment), parts, workers, pin):
+    for batch in _batches(_Images(data.train, data, augment), parts, workers, device):
         _raise_errors(batch, data.on_error)
         if len(batch.labels) < parts.size:
             raise DataError(
@@ -189,7 +270,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    pin: bool = False,
+    device: torch.device = _CPU,
     crops: int = 1,
 ) -> Iterator[Batch]:
     """Yield this rank's share of `source`, every image once over all ranks, none repeated to fill a batch.
@@ -200,7 +281,7 @@ def eval_batches(
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
     assert crops in (1, 5)
     batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
-    for batch in _loader(_Images(source, data, None, crops), batches, workers, pin):
+    for batch in _batches(_Images(source, data, None, crops), batches, workers, device):
         _raise_errors(batch, data.on_error)
         yield batch
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,11 +64,46 @@ class Preprocess:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def crop_and_resize(image: Picture | Image.Image, box: Box, preprocess: Preprocess) -> np.ndarray:
-    """Cut out the box (left, top, width, height) and scale it to the square of `preprocess.resolution`: (R, R, 3)."""
+class View(NamedTuple):
+    """What is seen of an image: its `box` (left, top, width, height), scaled to `size` (width, height).
+
+    Of that, squares of the model's resolution R are cut out at `corners` (left, top), and their windows moved by
+    `shift` pixels to the right and down: what comes in is black.
+    """
+
+    box: Box
+    size: tuple[int, int]
+    corners: tuple[tuple[int, int], ...] = ((0, 0),)
+    shift: tuple[int, int] = (0, 0)
+
+    def cut(self, scaled: np.ndarray, resolution: int) -> np.ndarray:
+        """Return the squares of the scaled box (height, width, 3): (corners, R, R, 3)."""
+        squares = [scaled[top : top + resolution, left : left + resolution] for left, top in self.corners]
+        pixels = squares[0][None] if len(squares) == 1 else np.stack(squares)
+        if self.shift == (0, 0):
+            return pixels
+        right, down = self.shift
+        left, top = max(0, -right), max(0, -down)
+        padded = np.pad(pixels, ((0, 0), (top, max(0, down)), (left, max(0, right)), (0, 0)))
+        return padded[:, top + down :, left + right :][:, :resolution, :resolution]
+
+
+def crop_view(box: Box, preprocess: Preprocess) -> View:
+    """Return the view of a box scaled to the square of `preprocess.resolution`."""
+    return View(box, (preprocess.resolution, preprocess.resolution))
+
+
+def look(image: Picture | Image.Image, view: View, preprocess: Preprocess) -> np.ndarray:
+    """Return the pixels (corners, R, R, 3) uint8 of a view of an RGB image."""
     # Paper's code: TensorFlow's bicubic, which does not low-pass when it shrinks. PIL's does, and it is the one that
     # every published PyTorch score of these weights was measured with.
-    return as_picture(image).resized(box, (preprocess.resolution, preprocess.resolution), preprocess.interpolation)
+    scaled = as_picture(image).resized(view.box, view.size, preprocess.interpolation)
+    return view.cut(scaled, preprocess.resolution)
+
+
+def crop_and_resize(image: Picture | Image.Image, box: Box, preprocess: Preprocess) -> np.ndarray:
+    """Cut out the box (left, top, width, height) and scale it to the square of `preprocess.resolution`: (R, R, 3)."""
+    return look(image, crop_view(box, preprocess), preprocess)[0]
 
 
 def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, int, int, int]:
@@ -83,22 +118,36 @@ def central_box(width: int, height: int, preprocess: Preprocess) -> tuple[int, i
     return (width - side + 1) // 2, (height - side + 1) // 2, side, side
 
 
+def eval_view(size: tuple[int, int], preprocess: Preprocess) -> View:
+    """Return the evaluation crop of an image of `size` (width, height). Raises DecodeError for a thin one."""
+    if preprocess.resize is None:
+        return crop_view(central_box(*size, preprocess), preprocess)
+    # To the pixel as torchvision's transforms do: scale, then cut out the centre.
+    scaled = _scaled(size, preprocess.resize)
+    # Rounded half to even: of a margin of 1 or 5 pixels the smaller half lies on the left, of one of 3 the larger.
+    left, top = (round((side - preprocess.resolution) / 2) for side in scaled)
+    return View((0, 0, *size), scaled, ((left, top),))
+
+
+def five_views(size: tuple[int, int], preprocess: Preprocess) -> View:
+    """Return the five crops of an image of `size` (width, height), see `five_crops`."""
+    shorter = preprocess.resolution + preprocess.crop_padding if preprocess.resize is None else preprocess.resize
+    scaled = _scaled(size, shorter)
+    right, bottom = (side - preprocess.resolution for side in scaled)
+    corners = ((0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2)))
+    return View((0, 0, *size), scaled, corners)
+
+
+def _scaled(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    if max(size) > _LONGEST * min(size):
+        raise DecodeError(f"{size[0]} x {size[1]} pixels are too thin to be scaled by their shorter side")
+    width, height = (shorter * side // min(size) for side in size)
+    return width, height
+
+
 def eval_image(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarray:
     """Return the evaluation crop of an RGB image at the model's resolution: (R, R, 3) uint8."""
-    if preprocess.resize is None:
-        return crop_and_resize(image, central_box(*image.size, preprocess), preprocess)
-    # To the pixel as torchvision's transforms do: scale, then cut out the centre.
-    size, scaled = preprocess.resolution, _scaled(image, preprocess.resize, preprocess)
-    # Rounded half to even: of a margin of 1 or 5 pixels the smaller half lies on the left, of one of 3 the larger.
-    top, left = (round((side - size) / 2) for side in scaled.shape[:2])
-    return scaled[top : top + size, left : left + size]
-
-
-def _scaled(image: Picture | Image.Image, shorter: int, preprocess: Preprocess) -> np.ndarray:
-    if max(image.size) > _LONGEST * min(image.size):
-        raise DecodeError(f"{image.size[0]} x {image.size[1]} pixels are too thin to be scaled by their shorter side")
-    width, height = (shorter * side // min(image.size) for side in image.size)
-    return as_picture(image).resized((0, 0, *image.size), (width, height), preprocess.interpolation)
+    return look(image, eval_view(image.size, preprocess), preprocess)[0]
 
 
 def five_crops(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarray:
@@ -110,12 +159,7 @@ def five_crops(image: Picture | Image.Image, preprocess: Preprocess) -> np.ndarr
     but for rounding and for its border, as the paper's rule cuts first.
     Source: torchvision.transforms.FiveCrop after Resize.
     """
-    size = preprocess.resolution
-    shorter = size + preprocess.crop_padding if preprocess.resize is None else preprocess.resize
-    scaled = _scaled(image, shorter, preprocess)
-    bottom, right = scaled.shape[0] - size, scaled.shape[1] - size
-    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
-    return np.stack([scaled[top : top + size, left : left + size] for left, top in corners])
+    return look(image, five_views(image.size, preprocess), preprocess)
 
 
 def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:

@@ -291,7 +291,7 @@ def _payload(run: Run) -> dict[str, Any]:
 
 
 def _log_images(run: Run, batch: Batch) -> None:
-    pixels = batch.images[:32].numpy()
+    pixels = batch.images[:32].cpu().numpy()
     tell(run.loggers, lambda logger: logger.images(run.state.step, "train/images", pixels))
 
 

@@ -68,18 +68,20 @@ def test_geometry_equals_tensorflows_to_the_pixel(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale", ["250/100", "100/40"])
-def test_levels_give_the_authors_magnitudes(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_give_the_authors_magnitudes(scale: str) -> None:
     translate, cutout = map(int, scale.split("/"))
-    seen: list[tuple] = []
-    for function in FUNCTIONS.values():
-        monkeypatch.setattr(autoaugment, function.__name__, lambda image, *arguments: seen.append(arguments))
-    image, generator = noise(8, 8), random.Random(0)
+    generator = random.Random(0)
     for key, expected in META["magnitudes"].items():
         if key.startswith(scale):
             name, level = key.split("/")[2:]
-            seen.clear()
-            autoaugment._OPERATIONS[name](image, float(level), generator, autoaugment._Scale(translate, cutout, 128))
-            assert [abs(value) for value in seen[0][: len(expected)]] == expected, key
+            policy = AutoAugment([[[name, 1.0, float(level)]]], translate=translate, cutout=cutout)
+            ((drawn, arguments),) = policy.draw((8, 8), generator)
+            assert drawn == name
+            assert [abs(value) for value in arguments[: len(expected)]] == expected, key
+
+
+def test_an_operation_calls_the_function_of_its_name() -> None:
+    assert {name: function for name, (function, _) in autoaugment._OPERATIONS.items()} == FUNCTIONS
 
 
 def test_policy_v0_and_the_operations_are_the_authors() -> None:
@@ -113,20 +115,21 @@ def test_cutout_fills_the_square_and_is_cut_at_the_border() -> None:
     assert not np.asarray(autoaugment.cutout(image, 0, (1, 5), 128)).any()
 
 
-def test_pairs_are_equally_likely_and_probabilities_and_signs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_equally_likely_and_probabilities_and_signs_are_kept() -> None:
     counts: Counter = Counter()
     signs: Counter = Counter()
     # Levels tell the pairs apart.
-    policy = [[["Rotate", 0.8, 1 + pair], ["Solarize", 0.25, 1 + pair]] for pair in range(5)]
-    monkeypatch.setattr(
-        autoaugment,
-        "rotate",
-        lambda image, d, fill: (counts.update([round(abs(d) / 3)]), signs.update([d > 0]), image)[2],
+    transform, draws = (
+        AutoAugment([[["Rotate", 0.8, 1 + pair], ["Solarize", 0.25, 1 + pair]] for pair in range(5)]),
+        20_000,
     )
-    monkeypatch.setattr(autoaugment, "solarize", lambda image, t: (counts.update([("s", t)]), image)[1])
-    transform, image, draws = AutoAugment(policy), noise(4, 4), 20_000
     for key in range(draws):
-        transform(image, rng(key))
+        for name, arguments in transform.draw((4, 4), rng(key)):
+            if name == "Rotate":
+                counts[round(abs(arguments[0]) / 3)] += 1
+                signs[arguments[0] > 0] += 1
+            else:
+                counts["s", arguments[0]] += 1
 
     def expected(count: int, probability: float) -> bool:
         return abs(count - draws * probability) < 5 * math.sqrt(draws * probability * (1 - probability))
@@ -145,19 +148,27 @@ def test_probability_0_is_never_and_1_always() -> None:
     assert all(always(image, rng(key)).tobytes() != image.tobytes() for key in range(200))
 
 
-def test_randaugment_draws_every_operation_evenly_at_its_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_randaugment_draws_every_operation_evenly_at_its_magnitude() -> None:
     counts: Counter = Counter()
-
-    def count(name: str):
-        return lambda image, level, rng, scale: (counts.update([(name, level)]), image)[1]
-
-    monkeypatch.setattr(autoaugment, "_OPERATIONS", {name: count(name) for name in autoaugment._OPERATIONS})
-    transform, image = RandAugment(layers=3, magnitude=17), noise(4, 4)
+    transform = RandAugment(layers=3, magnitude=17)
     for key in range(4000):
-        transform(image, rng(key))
-    assert {level for _, level in counts} == {17}
-    assert len(counts) == 16
-    assert all(abs(n - 750) < 5 * math.sqrt(750) for n in counts.values())
+        counts.update(transform.draw((4, 4), rng(key)))
+    names: Counter = Counter()
+    for operation, count in counts.items():
+        names[operation.name] += count
+        assert operation.name != "Rotate" or abs(operation.arguments[0]) == 17 / 10 * 30
+    assert len(names) == 16
+    assert all(abs(n - 750) < 5 * math.sqrt(750) for n in names.values())
+
+
+def test_what_is_drawn_is_what_is_done() -> None:
+    image = noise(40, 30)
+    for transform in (AutoAugment(), RandAugment(3, 14)):
+        for key in range(60):
+            expected = image
+            for name, arguments in transform.draw(image.size, rng(key)):
+                expected = FUNCTIONS[name](expected, *arguments)
+            assert transform(image, rng(key)).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("transform", [AutoAugment(), RandAugment(3, 10), RandAugment(2, 28)])

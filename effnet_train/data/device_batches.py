@@ -1,0 +1,227 @@
+"""Batches whose pixels are made on the device: what workers prepare for it, and the making, one batch ahead.
+
+A worker reads the files and draws all that is random from the samples' keys, as on the CPU path; nothing here draws.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from effnet_train.data.augment import Augment, Draws, erase_value
+from effnet_train.data.backends import DEVICE_BACKENDS, Box, open_picture, plain_jpeg_size
+from effnet_train.data.device_augment import Steps, apply, fill, flip, plan, send
+from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, scaled, shrinks_too_much
+from effnet_train.data.preprocess import Preprocess, View, eval_view, five_views
+
+T = TypeVar("T")
+
+
+class Sample(NamedTuple):
+    """An image for the device: a JPEG as it is, uint8 (bytes,), or its view's scaled box (height, width, 3) uint8."""
+
+    content: np.ndarray
+    draws: Draws
+
+
+class Part(NamedTuple):
+    """Where a sample stands among a batch's contents, what of it is seen, and its image's place in the source."""
+
+    start: int
+    stop: int
+    encoded: bool
+    view: View
+    image: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch without its pixels.
+
+    `contents` (bytes,) uint8 are the samples' one after another; `flips` (N,) bool; `erased` (N, 4) int64, the boxes
+    (left, top, right, bottom), empty where nothing is erased, or None where that holds for all; labels, keys and errors
+    are those of `loader.Batch`.
+    """
+
+    contents: Tensor
+    parts: tuple[Part, ...]
+    flips: Tensor
+    erased: Tensor | None
+    steps: Steps
+    labels: Tensor
+    keys: Tensor
+    errors: list[str]
+
+    def pin_memory(self, device: Any = None) -> "Encoded":
+        """Return a copy in memory from which a device copies by itself: DataLoader calls this."""
+        groups, *arrays = self.steps
+        pinned: Any = {key: value.pin_memory() for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **pinned, steps=Steps(groups, *(array.pin_memory() for array in arrays)))
+
+
+def check_device(backend: str, device: torch.device, preprocess: Preprocess, augment: Augment | None = None) -> None:
+    """Check that a data set can be decoded where it is asked to be. Raises ValueError."""
+    if backend not in DEVICE_BACKENDS:
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"data.backend={backend} decodes on a GPU, and device={device} is none: set data.backend=simplejpeg, "
+            "or device=cuda where there is one"
+        )
+    if preprocess.interpolation not in DEVICE_FILTERS:
+        raise ValueError(
+            f"preprocess.interpolation={preprocess.interpolation} is none of {', '.join(DEVICE_FILTERS)}, which "
+            f"data.backend={backend} has: set data.backend=pillow for it"
+        )
+    if augment is not None:
+        augment.check_drawable()
+
+
+# --- in a worker ---
+
+
+def sample(
+    data: bytes | Image.Image, backend: str, preprocess: Preprocess, draw: Callable[[tuple[int, int]], Draws]
+) -> Sample:
+    """Prepare an image; `draw` tells what is to be done to one of its size. Raises DecodeError.
+
+    What no device can read is read and scaled here, as on the CPU path.
+    """
+    size = plain_jpeg_size(data)
+    if size is not None:
+        assert isinstance(data, bytes)
+        draws = draw(size)
+        if not shrinks_too_much(draws.view.box, draws.view.size):
+            return Sample(np.frombuffer(data, dtype=np.uint8), draws)
+    picture = open_picture(data, backend)
+    draws = draw(picture.size)
+    return Sample(picture.resized(draws.view.box, draws.view.size, preprocess.interpolation), draws)
+
+
+def evaluation_draws(size: tuple[int, int], preprocess: Preprocess, crops: int) -> Draws:
+    """Return what is to be seen of an image in evaluation: one crop, or five."""
+    return Draws((eval_view if crops == 1 else five_views)(size, preprocess))
+
+
+def encoded(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    labels: Sequence[int],
+    keys: Sequence[int],
+    errors: list[str],
+    *,
+    resolution: int,
+) -> Encoded:
+    """Put samples together, for images of `resolution` pixels square."""
+    stops = np.cumsum([0, *(one.content.size for one in samples)]).tolist()
+    parts = tuple(
+        Part(start, stop, one.content.ndim == 1, one.draws.view, index)
+        for start, stop, one, index in zip(stops, stops[1:], samples, indices, strict=False)
+    )
+    contents = np.empty(stops[-1], dtype=np.uint8)
+    for part, one in zip(parts, samples, strict=True):
+        contents[part.start : part.stop] = one.content.reshape(-1)
+    boxes = [one.draws.erase for one in samples]
+    return Encoded(
+        contents=torch.from_numpy(contents),
+        parts=parts,
+        flips=torch.tensor([one.draws.flip for one in samples], dtype=torch.bool),
+        erased=torch.tensor([_edges(box) for box in boxes]) if any(boxes) else None,
+        steps=plan([one.draws.operations for one in samples], (resolution, resolution)),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        keys=torch.tensor(keys, dtype=torch.int64),
+        errors=errors,
+    )
+
+
+def _edges(box: Box | None) -> Box:
+    if box is None:
+        return 0, 0, 0, 0
+    left, top, width, height = box
+    return left, top, left + width, top + height
+
+
+# --- on the device ---
+
+
+def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Decode and scale: return pixels (N, crops, R, R, 3) uint8 on the device, and whom the decoder could not read.
+
+    Those are black.
+    """
+    contents, size = batch.contents.numpy(), preprocess.resolution
+    coded = [row for row, part in enumerate(batch.parts) if part.encoded]
+    files = [contents[batch.parts[row].start : batch.parts[row].stop] for row in coded]
+    found = dict(zip(coded, decode(files, [batch.parts[row].view.box for row in coded]), strict=True))
+    views = len(batch.parts[0].view.corners) if batch.parts else 1
+    pixels = torch.zeros(len(batch.parts), views, size, size, 3, device=device)
+    unread: list[int] = []
+    for row, part in enumerate(batch.parts):
+        if part.encoded:
+            image = found.pop(row)  # no longer kept than needed: they are larger than what becomes of them
+            if image is None:
+                unread.append(row)
+                continue
+        else:
+            width, height = part.view.size
+            image = send(batch.contents[part.start : part.stop].view(height, width, 3), device)
+        whole = scaled(image, part.view.size, preprocess.interpolation).permute(1, 2, 0)
+        for corner, square in zip(part.view.corners, pixels[row], strict=True):
+            _cut(whole, corner, part.view.shift, square)
+    # Rounded all at once.
+    return pixels.round_().clamp_(0, 255).to(torch.uint8), unread
+
+
+def _cut(whole: Tensor, corner: tuple[int, int], shift: tuple[int, int], square: Tensor) -> None:
+    """Copy a square of an image into a black one, as `preprocess.View.cut` does."""
+    (left, top), (right, down), size = corner, shift, len(square)
+    rows, columns = (slice(max(0, by), size + min(0, by)) for by in (down, right))
+    to_rows, to_columns = (slice(max(0, -by), size - max(0, by)) for by in (down, right))
+    square[to_rows, to_columns] = whole[top : top + size, left : left + size][rows, columns]
+
+
+def augmented(pixels: Tensor, batch: Encoded, preprocess: Preprocess) -> Tensor:
+    """Flip, apply the policy and erase: images (N, R, R, 3) uint8."""
+    if not len(pixels):
+        return pixels
+    images = apply(flip(pixels, batch.flips), batch.steps)  # of the copy that flip makes, in place
+    if batch.erased is None:
+        return images
+    colour = send(torch.tensor([erase_value(preprocess)]), pixels.device)
+    return fill(images, send(batch.erased, pixels.device), colour)
+
+
+def ahead(make: Callable[[], T | None], device: torch.device, tensors: Callable[[T], Sequence[Tensor]]) -> Iterator[T]:
+    """Yield what `make` makes until it makes None, each begun while the one before is used.
+
+    It is called in a thread of its own, as decoding takes the host's time too, and on a GPU on a stream of its own. The
+    current stream waits for what is yielded, whose `tensors` it may then use; the host waits for neither.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def on_stream() -> tuple[T | None, torch.cuda.Event | None]:
+        if stream is None:
+            return make(), None
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            made, done = make(), torch.cuda.Event()
+            done.record(stream)
+            return made, done
+
+    with ThreadPoolExecutor(1, thread_name_prefix="device-batches") as thread:
+        coming = thread.submit(on_stream)
+        while True:
+            made, done = coming.result()
+            if made is None:
+                return
+            coming = thread.submit(on_stream)
+            if done is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(done)
+                for tensor in tensors(made):
+                    tensor.record_stream(current)
+            yield made
