@@ -47,6 +47,12 @@ class _Repeated:
         return self.source.name(index % len(self.source))
 
 
+def _device_of(backend: str) -> torch.device:
+    device = torch.device("cuda" if backend in DEVICE_BACKENDS and torch.cuda.is_available() else "cpu")
+    check_device(backend, device, Preprocess(_RESOLUTION))
+    return device
+
+
 def _arrived(batch: Batch) -> int:
     """Return how many images a batch has, once they are there."""
     if batch.images.is_cuda:
@@ -56,8 +62,7 @@ def _arrived(batch: Batch) -> int:
 
 def ours(backend: str) -> Contender:
     """Return this package's loader with one of `data.backends.BACKENDS`. Raises ValueError where it needs a GPU."""
-    device = torch.device("cuda" if backend in DEVICE_BACKENDS and torch.cuda.is_available() else "cpu")
-    check_device(backend, device, Preprocess(_RESOLUTION))
+    device = _device_of(backend)
 
     def batches(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int]:
         source = FolderSource(root)
@@ -227,7 +232,8 @@ def waiting(root: str, *, backend: str, images: int, batch_size: int) -> dict[st
     for name, step in (("fork_server", 0), ("start", 0), ("resume", images // batch_size // 2)):
         start = perf_counter()
         order = Order(len(source), batch_size, seed=0)
-        next(train_batches(data, Augment(policy=AutoAugment()), order, start=step, stop=step + 2, workers=1))
+        augment, device = Augment(policy=AutoAugment()), _device_of(backend)
+        _arrived(next(train_batches(data, augment, order, start=step, stop=step + 2, workers=1, device=device)))
         found[name] = round(perf_counter() - start, 2)
     del found["fork_server"]  # the first of a process starts the server that workers come from
     return found

@@ -47,7 +47,7 @@ class Predictor:
         A class is `class`, `name` and `probability`; the likeliest comes first. Rows come as batches are done.
         """
         data = Data(files, files, None, self.preprocess, "skip", self.backend)
-        check_device(self.backend, device, self.preprocess)
+        check_device(self.backend, device, self.preprocess, key="backend")
         batches = eval_batches(files, data, batch_size=batch_size, workers=workers, device=device)
         for number, batch in enumerate(batches):
             places = range(number * batch_size, min((number + 1) * batch_size, len(files)))

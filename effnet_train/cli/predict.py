@@ -66,7 +66,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
     files = find_files(inputs, stdin=stdin() if _STDIN in inputs else None)
     if config["cam_class"] is not None and not config["cam"]:
         raise ValueError(f"cam_class={config['cam_class']} has no effect without cam=FOLDER")
-    check_backend(config["backend"])
+    check_backend(config["backend"], key="backend")
     _check_output(config["output"], [*inputs, config["checkpoint"]])
     maps = _folder_of_maps(config["cam"])
     with distributed.open_session(distributed.resolve_device(config["device"])) as session:

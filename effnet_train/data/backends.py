@@ -65,10 +65,13 @@ def as_picture(image: Picture | Image.Image) -> Picture:
     return Decoded(image) if isinstance(image, Image.Image) else image
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError for a backend that is not known, ImportError for one that is not installed."""
+def check_backend(backend: str, *, key: str = "data.backend") -> None:
+    """Raise ValueError for a backend that is not known, ImportError for one that is not installed.
+
+    `key` is what the user sets.
+    """
     if backend not in BACKENDS:
-        raise ValueError(f"data.backend={backend} is not known: use one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{key}={backend} is not known: use one of {', '.join(BACKENDS)}")
     if backend == "nvimgcodec":
         _nvimgcodec()
     if backend in DEVICE_BACKENDS:

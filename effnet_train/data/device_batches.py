@@ -16,7 +16,7 @@ from torch import Tensor
 from effnet_train.data.augment import Augment, Draws, erase_value
 from effnet_train.data.backends import DEVICE_BACKENDS, Box, open_picture, plain_jpeg_size
 from effnet_train.data.device_augment import Steps, apply, fill, flip, plan, send
-from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, scaled, shrinks_too_much
+from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, rounded_, scaled, shrinks_too_much
 from effnet_train.data.preprocess import Preprocess, View, eval_view, five_views
 
 T = TypeVar("T")
@@ -64,19 +64,26 @@ class Encoded:
         return replace(self, **pinned, steps=Steps(groups, *(array.pin_memory() for array in arrays)))
 
 
-def check_device(backend: str, device: torch.device, preprocess: Preprocess, augment: Augment | None = None) -> None:
-    """Check that a data set can be decoded where it is asked to be. Raises ValueError."""
+def check_device(
+    backend: str,
+    device: torch.device,
+    preprocess: Preprocess,
+    augment: Augment | None = None,
+    *,
+    key: str = "data.backend",
+) -> None:
+    """Check that a data set can be decoded where it is asked to be; `key` is what the user sets. Raises ValueError."""
     if backend not in DEVICE_BACKENDS:
         return
     if device.type != "cuda":
         raise ValueError(
-            f"data.backend={backend} decodes on a GPU, and device={device} is none: set data.backend=simplejpeg, "
+            f"{key}={backend} decodes on a GPU, and device={device} is none: set {key}=simplejpeg, "
             "or device=cuda where there is one"
         )
     if preprocess.interpolation not in DEVICE_FILTERS:
         raise ValueError(
             f"preprocess.interpolation={preprocess.interpolation} is none of {', '.join(DEVICE_FILTERS)}, which "
-            f"data.backend={backend} has: set data.backend=pillow for it"
+            f"{key}={backend} has: set {key}=pillow for it"
         )
     if augment is not None:
         augment.check_drawable()
@@ -173,8 +180,8 @@ def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch
         whole = scaled(image, part.view.size, preprocess.interpolation).permute(1, 2, 0)
         for corner, square in zip(part.view.corners, pixels[row], strict=True):
             _cut(whole, corner, part.view.shift, square)
-    # Rounded all at once.
-    return pixels.round_().clamp_(0, 255).to(torch.uint8), unread
+    # All at once.
+    return rounded_(pixels).to(torch.uint8), unread
 
 
 def _cut(whole: Tensor, corner: tuple[int, int], shift: tuple[int, int], square: Tensor) -> None:

@@ -104,10 +104,16 @@ def scaled(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     # Pillow scales rows, cuts them to bytes, and then scales columns (since 13 also the other way round, by the sizes).
     # Done at once, what bicubic overshoots would make pixels differ by up to six levels; and it is more to compute.
     if images.shape[3] != width:
-        images = _interpolated(images, (images.shape[2], width), interpolation).round_().clamp_(0, 255)
+        images = _interpolated(images, (images.shape[2], width), interpolation)
+        images = rounded_(images).floor_()
     if images.shape[2] != height:
         images = _interpolated(images, size[::-1], interpolation)
     return images[0]
+
+
+def rounded_(pixels: Tensor) -> Tensor:
+    """Prepare floats, in place, to be cut to bytes: halves are rounded up, as by Pillow."""
+    return pixels.add_(0.5).clamp_(0, 255)
 
 
 def _interpolated(images: Tensor, size: tuple[int, ...], interpolation: str) -> Tensor:

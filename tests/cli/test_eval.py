@@ -97,6 +97,7 @@ def assert_refused(done: Any, message: str) -> None:
             "checkpoint=run data=digits preprocess@data.preprocess=imagenet",
             "the checkpoint's own preprocessing is used",
         ),
+        ("checkpoint=run data.backend=nvjpeg", "data.backend=nvjpeg decodes on a GPU, and device=cpu is none"),
         ("checkpoint=run data=folder", "data.root=null must be text"),
         ("checkpoint=run batch_size=0", "batch_size=0 must be at least 1"),
         ("checkpoint=run model.width=2", "model.width is not a key of the configuration"),
@@ -105,6 +106,15 @@ def assert_refused(done: Any, message: str) -> None:
 def test_requests_that_cannot_be_met(cli: Cli, run: Path, arguments: str, message: str) -> None:
     del run
     assert_refused(cli("eval", *arguments.split(), *ONE), message)
+
+
+@pytest.mark.parametrize("crops", [1, 5])
+def test_the_devices_pixels_are_scored_alike(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, crops: int) -> None:
+    # A CPU in the GPU's place; the digits are PNG, which Pillow reads for both.
+    monkeypatch.setattr("effnet_train.data.device_batches.check_device", lambda *arguments: None)
+    options = (f"checkpoint={run}", f"crops={crops}", *ONE)
+    ours, theirs = (scored(cli("eval", *options, f"data.backend={name}")) for name in ("nvjpeg", "pillow"))
+    assert {**ours, "images_per_s": 0} == {**theirs, "images_per_s": 0}
 
 
 def test_other_classes_are_refused(cli: Cli, run: Path, few_digits: Path, image_root: Path, tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def test_words_that_are_images(words: list[str], hydras: list[str], inputs: list
         ("PHOTOS cam=maps", "at 32 pixels the last features are a single one, which tells no place from another"),
         ("PHOTOS output=nowhere/a.jsonl", "output=nowhere/a.jsonl: its folder does not exist, make it first"),
         ("PHOTOS output=FOLDER", "is a folder: give a file for the results"),
+        ("PHOTOS backend=turbo", "backend=turbo is not known: use one of simplejpeg, pillow, nvimgcodec, nvjpeg"),
+        ("PHOTOS backend=nvjpeg", "backend=nvjpeg decodes on a GPU, and device=cpu is none: set backend=simplejpeg"),
         ("PHOTOS weights=best", "weights=best is not known: use ema or raw"),
     ],
 )
@@ -220,6 +222,18 @@ def test_bad_input(cli: Cli, trained: Path, photos: Path, tmp_path: Path, argume
     assert done.out == ""
     assert done.err.startswith("effnet-predict: error: ")
     assert message in done.err
+
+
+def test_the_devices_pixels_are_predicted_alike(
+    cli: Cli, trained: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A CPU in the GPU's place; these are PNG, which Pillow reads for both.
+    monkeypatch.setattr("effnet_train.analysis.prediction.check_device", lambda *arguments, **options: None)
+    done = [
+        cli("predict", str(photos), f"checkpoint={trained}", f"backend={name}", *ONE) for name in ("pillow", "nvjpeg")
+    ]
+    assert len(rows(done[0])) == 9
+    assert rows(done[0]) == rows(done[1])
 
 
 def test_maps_of_the_likeliest_class_or_of_one(cli: Cli, trained: Path, photos: Path) -> None:

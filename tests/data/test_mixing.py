@@ -126,6 +126,7 @@ def test_wrong_values_are_named(wrong: dict, message: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_the_device_without_waiting_for_it() -> None:
     images, labels, keys = batch(16)
     mixer = Mixing(0.4, 1.0)

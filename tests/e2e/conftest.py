@@ -32,13 +32,16 @@ def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(tmp_path: Path, digits_root: Path) -> Callable[..., Path]:
-    """Return a function that trains `debug=tiny` with overrides in this process and returns the run's folder."""
+    """Return a function that trains `debug=tiny` with overrides in this process and returns the run's folder.
+
+    On the CPU, unless an override says otherwise.
+    """
 
     def run(name: str, *overrides: str) -> Path:
         where = [f"run_root={tmp_path}", f"name={name}", "device=cpu", f"data.root={digits_root}"]
         config = composed("train", "debug=tiny", "model.width=0.25", *where, *overrides)
         folder = tmp_path / name
-        train_rank(config, str(folder), "cpu")
+        train_rank(config, str(folder), config["device"])
         return folder
 
     return run
