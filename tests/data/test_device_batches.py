@@ -294,17 +294,18 @@ def test_what_shrinks_too_much_is_scaled_on_the_cpu(monkeypatch):
     assert_close([batch], list(eval_batches(expected.val, expected, batch_size=2)), mean=0.5)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_scaling_is_pillows(interpolation):
+# Bilinear weights are small fractions, by which many values are halves or nearly: those may go either way.
+@pytest.mark.parametrize(("interpolation", "differing"), [("bicubic", 1e-3), ("bilinear", 0.05)])
+def test_scaling_is_pillows(interpolation, differing):
     # Sizes for which all Pillows scale rows first.
     for width, height, size in ((83, 50, (24, 32)), (300, 200, (61, 75)), (40, 30, (64, 64)), (24, 50, (24, 60))):
         pixels = noise(width, height)
         expected = np.array(Image.fromarray(pixels).resize(size, Image.Resampling[interpolation.upper()]))
         found = scaled(torch.from_numpy(pixels), size, interpolation).permute(1, 2, 0)
         found = rounded_(found).to(torch.uint8).numpy().astype(int)
-        # Pillow's weights have 22 bits, floats 24: what is nearly a half goes either way.
+        # Pillow's weights have 22 bits, floats 24.
         assert np.abs(found - expected).max() <= 1
-        assert (found != expected).mean() < 0.01
+        assert (found != expected).mean() < differing
     assert torch.equal(scaled(torch.from_numpy(pixels), (24, 50), interpolation).permute(1, 2, 0), torch.tensor(pixels))
 
 
