@@ -21,10 +21,15 @@ _NUMBERS = 7
 _RAMP = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3))
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor in memory from which a device copies by itself."""
+    return tensor.pin_memory() if tensor.numel() and not tensor.is_pinned() else tensor
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to a device without waiting for it."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
+    if device.type == "cuda":
+        tensor = pinned(tensor)
     return tensor.to(device, non_blocking=True)
 
 

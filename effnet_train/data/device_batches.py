@@ -15,11 +15,12 @@ from torch import Tensor
 
 from effnet_train.data.augment import Augment, Draws, erase_value
 from effnet_train.data.backends import DEVICE_BACKENDS, Box, open_picture, plain_jpeg_size
-from effnet_train.data.device_augment import Steps, apply, fill, flip, plan, send
+from effnet_train.data.device_augment import Steps, apply, fill, flip, pinned, plan, send
 from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, rounded_, scaled, shrinks_too_much
 from effnet_train.data.preprocess import Preprocess, View, eval_view, five_views
 
 T = TypeVar("T")
+_AT_ONCE = 32
 
 
 class Sample(NamedTuple):
@@ -60,8 +61,8 @@ class Encoded:
     def pin_memory(self, device: Any = None) -> "Encoded":
         """Return a copy in memory from which a device copies by itself: DataLoader calls this."""
         groups, *arrays = self.steps
-        pinned: Any = {key: value.pin_memory() for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **pinned, steps=Steps(groups, *(array.pin_memory() for array in arrays)))
+        tensors: Any = {key: pinned(value) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, steps=Steps(groups, *map(pinned, arrays)))
 
 
 def check_device(
@@ -165,23 +166,27 @@ def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch
     coded = [row for row, part in enumerate(batch.parts) if part.encoded]
     files = [contents[batch.parts[row].start : batch.parts[row].stop] for row in coded]
     found = dict(zip(coded, decode(files, [batch.parts[row].view.box for row in coded]), strict=True))
+    unread = [row for row in coded if found[row] is None]
     views = len(batch.parts[0].view.corners) if batch.parts else 1
-    pixels = torch.zeros(len(batch.parts), views, size, size, 3, device=device)
-    unread: list[int] = []
-    for row, part in enumerate(batch.parts):
-        if part.encoded:
-            image = found.pop(row)  # no longer kept than needed: they are larger than what becomes of them
-            if image is None:
-                unread.append(row)
-                continue
-        else:
-            width, height = part.view.size
-            image = send(batch.contents[part.start : part.stop].view(height, width, 3), device)
-        whole = scaled(image, part.view.size, preprocess.interpolation).permute(1, 2, 0)
-        for corner, square in zip(part.view.corners, pixels[row], strict=True):
-            _cut(whole, corner, part.view.shift, square)
-    # All at once.
-    return rounded_(pixels).to(torch.uint8), unread
+    pixels = torch.empty(len(batch.parts), views, size, size, 3, dtype=torch.uint8, device=device)
+    # As floats they are four times as large: only some at a time, but rounded all of these at once.
+    for first in range(0, len(batch.parts), _AT_ONCE):
+        floats = torch.zeros(pixels[first : first + _AT_ONCE].shape, device=device)
+        for row, squares in enumerate(floats, first):
+            part = batch.parts[row]
+            image = found.pop(row) if part.encoded else _sent(batch, part, device)
+            if image is not None:
+                whole = scaled(image, part.view.size, preprocess.interpolation).permute(1, 2, 0)
+                for corner, square in zip(part.view.corners, squares, strict=True):
+                    _cut(whole, corner, part.view.shift, square)
+        pixels[first : first + _AT_ONCE] = rounded_(floats)
+    return pixels, unread
+
+
+def _sent(batch: Encoded, part: Part, device: torch.device) -> Tensor:
+    """Copy pixels that were scaled on the CPU."""
+    width, height = part.view.size
+    return send(batch.contents[part.start : part.stop].view(height, width, 3), device)
 
 
 def _cut(whole: Tensor, corner: tuple[int, int], shift: tuple[int, int], square: Tensor) -> None:

@@ -110,7 +110,7 @@ def test_on_a_gpu_stop_and_resume_gives_the_same_bits(
     options = [
         *("debug=tiny", "data=folder", f"data.root={jpegs}", "data.backend=nvjpeg", "augment=autoaugment"),
         *("augment.erase=0.3", "batch_size=8", "model.resolution=64", f"precision={precision}", "device=cuda"),
-        *("workers=2", f"run_root={tmp_path}", "loggers=none", "ranks=1"),
+        *("workers=2", f"run_root={tmp_path}", "loggers=none", "ranks=1", "epochs=2"),
     ]
     command("train", *options, "name=whole")
     command("train", *options, "name=parts", "max_steps=2")
@@ -158,7 +158,7 @@ def test_on_a_gpu_evaluation_and_prediction(command: Callable[..., Any], jpegs: 
             command("eval", *words, f"output={tmp_path / backend}.json")
             lines.append((tmp_path / f"{backend}.json").read_text())
         found, expected = map(json.loads, lines)
-        assert found["loss"] == pytest.approx(expected["loss"], abs=0.02)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=0.05)
     shutil.copy(jpegs / "val" / "ant" / "0.jpg", tmp_path / "photo.jpg")
     words = (f"checkpoint={tmp_path / 'run'}", "backend=nvjpeg", "format=jsonl", "cam=maps", *where)
     done = command("predict", str(jpegs / "val"), str(tmp_path / "photo.jpg"), *words)
