@@ -14,7 +14,7 @@ from effnet_train.data.backends import Box, Picture
 from effnet_train.data.keys import integer, rng, uniform
 from effnet_train.data.preprocess import Preprocess, View, crop_view, eval_view, look
 
-Policy = Callable[[Image.Image, random.Random], Image.Image]
+Policy = Callable[[np.ndarray, random.Random], np.ndarray]
 
 _ATTEMPTS = 10
 _MIN_OBJECT_COVERED = np.float32(0.1)
@@ -122,7 +122,7 @@ class Augment:
 
     `area` and `aspect` bound the Inception crop; `area` None takes the evaluation crop instead, and `pad` > 0 moves
     that one by up to `pad` pixels each way, black coming in, as is usual for CIFAR. `flip` and `erase` are
-    probabilities, `policy` is a function of an image and a generator. Raises ValueError.
+    probabilities, `policy` is a function of pixels and a generator. Raises ValueError.
     """
 
     def __init__(
@@ -149,17 +149,18 @@ class Augment:
         self.flip, self.pad, self.policy, self.erase = flip, pad, policy, erase
 
     def __call__(self, image: Picture | Image.Image, preprocess: Preprocess, key: int) -> np.ndarray:
-        """Return the pixels (R, R, 3) uint8 of an RGB image: a pure function of the arguments."""
+        """Return the pixels (R, R, 3) uint8 of an RGB image, to be read only: a pure function of the arguments."""
         generator = rng(key)
         pixels = look(image, self._view(image.size, preprocess, generator), preprocess)[0]
         if generator.random() < self.flip:
             # Ten times as fast as numpy's copy of a reversed view.
             pixels = torch.from_numpy(pixels).flip(1).numpy()
         if self.policy is not None:
-            pixels = np.array(self.policy(Image.fromarray(pixels), generator))
+            pixels = self.policy(pixels, generator)
         box = self._erased(preprocess, generator)
         if box is not None:
             left, top, width, height = box
+            pixels = pixels.copy()  # a policy's may be read-only
             pixels[top : top + height, left : left + width] = erase_value(preprocess)
         return pixels
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from effnet_train.data.autoaugment import GREY, MATRICES, Operation, blend_constant, contrast_constant
@@ -18,7 +17,7 @@ from effnet_train.data.autoaugment import GREY, MATRICES, Operation, blend_const
 # What an operation needs at most: a matrix and the value of pixels from outside.
 _NUMBERS = 7
 # Every value of a channel once.
-_RAMP = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3))
+_RAMP = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)
 
 
 def pinned(tensor: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def _table(operation: Operation, size: tuple[int, int]) -> np.ndarray:
         done = blend_constant(_RAMP, contrast_constant(size), *operation.arguments)
     else:
         done = operation(_RAMP)
-    return np.asarray(done)[0, :, 0]
+    return done[0, :, 0]
 
 
 # --- what is done on the device: images (n, H, W, 3) uint8, numbers (n, 7), tables (n, 1, 256) to images ---
