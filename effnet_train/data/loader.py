@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -33,7 +33,10 @@ from effnet_train.distributed import STOP_SIGNALS
 # How many neighbours stand in for a corrupt training image before the loader gives up.
 _SUBSTITUTES = 10
 _CPU = torch.device("cpu")
+# Batches that a worker may be ahead.
+_PREFETCH = 2
 T = TypeVar("T")
+_Items = list[tuple[int, int]]  # index and key of each image
 
 
 class Batch(NamedTuple):
@@ -59,10 +62,19 @@ class _Images(Dataset[Batch]):
         self.source, self.augment, self.crops = source, augment, crops
         self.preprocess, self.backend = data.preprocess, data.backend
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
+    def empty(self, *counts: int) -> Tensor:
+        """Return room for the pixels of so many images."""
         size = self.preprocess.resolution
-        crops = () if self.crops == 1 else (self.crops,)
-        images = np.empty((len(items), *crops, size, size, 3), dtype=np.uint8)
+        shape = (*counts, *(() if self.crops == 1 else (self.crops,)), size, size, 3)
+        # numpy's memory comes in large pages: with torch's, as long goes by as in decoding every eighth image.
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
+
+    def __getitems__(self, items: _Items) -> Batch:
+        return self.batch(items, self.empty(len(items)))
+
+    def batch(self, items: _Items, room: Tensor) -> Batch:
+        """Return the batch of the items, its pixels in the first of the `room`."""
+        images = room.numpy()
         labels: list[int] = []
         keys: list[int] = []
         errors: list[str] = []
@@ -72,7 +84,7 @@ class _Images(Dataset[Batch]):
                 images[len(labels)], label, _ = found
                 labels.append(label)
                 keys.append(key)
-        pixels = torch.from_numpy(images[: len(labels)])
+        pixels = room[: len(labels)]
         return Batch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(keys, dtype=torch.int64), errors)
 
     def load(self, index: int, key: int, errors: list[str], make: Callable[[Any, int], T]) -> tuple[T, int, int] | None:
@@ -95,13 +107,31 @@ class _Images(Dataset[Batch]):
         return eval_image(picture, self.preprocess) if self.crops == 1 else five_crops(picture, self.preprocess)
 
 
+class _Shared(Dataset[Batch]):
+    """The same in a worker, whose pixels go to places in memory that all processes see: (place, [(index, key), ...]).
+
+    Making such memory anew for each batch takes a worker as long as one image in twenty.
+    """
+
+    def __init__(self, images: _Images, batch_size: int, batches: int) -> None:
+        self.images, self.rooms = images, images.empty(batches, batch_size).share_memory_()
+
+    def __getitems__(self, placed: tuple[int, _Items]) -> Batch:
+        place, items = placed
+        return self.images.batch(items, self.rooms[place])
+
+    def places(self, lists: Iterable[_Items]) -> Iterator[tuple[int, _Items]]:
+        """Give each list its place, in turn."""
+        return ((number % len(self.rooms), items) for number, items in enumerate(lists))
+
+
 class _Samples(Dataset[Encoded]):
     """The same for a device, which makes the pixels."""
 
     def __init__(self, images: _Images) -> None:
         self.images = images
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Encoded:
+    def __getitems__(self, items: _Items) -> Encoded:
         errors: list[str] = []
         loaded = [(self.images.load(index, key, errors, self._sample), key) for index, key in items]
         rows = [(*found, key) for found, key in loaded if found is not None]
@@ -132,7 +162,7 @@ class _OnDevice:
         batch = Batch(pixels, prepared.labels, prepared.keys, prepared.errors)
         return self._mended(batch, [(row, prepared.parts[row].image) for row in unread]) if unread else batch
 
-    def _mended(self, batch: Batch, unread: Sequence[tuple[int, int]]) -> Batch:
+    def _mended(self, batch: Batch, unread: _Items) -> Batch:
         """Read on the CPU what the device could not, as its header did not tell: (row, index in the source)."""
         labels, kept, errors = batch.labels.clone(), torch.ones(len(batch.labels), dtype=torch.bool), [*batch.errors]
         for row, index in unread:
@@ -184,24 +214,35 @@ def _identity(batch: Any) -> Any:
 
 
 def _batches(
-    images: _Images, lists: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+    images: _Images, lists: Iterable[_Items], workers: int, device: torch.device, batch_size: int
 ) -> Iterator[Batch]:
-    """Yield the batch of each list of (index, key), its pixels in pinned memory, or on the device if made there."""
-    if images.backend not in DEVICE_BACKENDS:
+    """Yield the batch of each list of (index, key), of `batch_size` at most.
+
+    Its pixels are in pinned memory where the device is a GPU, or on the device if they are made there.
+    """
+    if images.backend in DEVICE_BACKENDS:
+        prepared, make = iter(_loader(_Samples(images), lists, workers, device)), _OnDevice(images, device)
+
+        def following() -> Batch | None:
+            batch = next(prepared, None)
+            return None if batch is None else make(batch)
+
+        yield from ahead(following, device, lambda batch: [batch.images])
+    elif workers:
+        # One place more than batches on their way: that of the batch which was asked for last, and is copied below.
+        shared = _Shared(images, batch_size, workers * _PREFETCH + 1)
+        for batch in _loader(shared, shared.places(lists), workers, device):
+            # The pinned is a copy already.
+            yield batch if device.type == "cuda" else batch._replace(images=_copy(batch.images))
+    else:
         yield from _loader(images, lists, workers, device)
-        return
-    prepared, make = iter(_loader(_Samples(images), lists, workers, device)), _OnDevice(images, device)
-
-    def following() -> Batch | None:
-        batch = next(prepared, None)
-        return None if batch is None else make(batch)
-
-    yield from ahead(following, device, lambda batch: [batch.images])
 
 
-def _loader(
-    images: Dataset[Any], lists: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
-) -> DataLoader[Any]:
+def _copy(images: Tensor) -> Tensor:
+    return torch.from_numpy(images.numpy().copy())  # numpy: see `_Images.empty`
+
+
+def _loader(images: Dataset[Any], lists: Iterable[Any], workers: int, device: torch.device) -> DataLoader[Any]:
     return DataLoader(
         images,
         batch_sampler=lists,
@@ -210,7 +251,7 @@ def _loader(
         worker_init_fn=_leave_with_the_trainer,
         pin_memory=device.type == "cuda",
         multiprocessing_context=_worker_context() if workers else None,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=_PREFETCH if workers else None,
     )
 
 
@@ -228,7 +269,7 @@ class _MicroBatches:
     def __len__(self) -> int:
         return len(self.steps) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[_Items]:
         for step in self.steps:
             indices, keys = self.order.batch(step)
             items = list(zip(indices.tolist(), keys.tolist(), strict=True))
@@ -253,7 +294,7 @@ def train_batches(
     where the data set says `raise`; else the next image takes its place.
     """
     parts = _MicroBatches(order, range(start, stop), accumulate)
-    for batch in _batches(_Images(data.train, data, augment), parts, workers, device):
+    for batch in _batches(_Images(data.train, data, augment), parts, workers, device, parts.size):
         _raise_errors(batch, data.on_error)
         if len(batch.labels) < parts.size:
             raise DataError(
@@ -280,8 +321,8 @@ def eval_batches(
     """
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
     assert crops in (1, 5)
-    batches = [[(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size)]
-    for batch in _batches(_Images(source, data, None, crops), batches, workers, device):
+    lists = ([(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size))
+    for batch in _batches(_Images(source, data, None, crops), lists, workers, device, min(batch_size, most)):
         _raise_errors(batch, data.on_error)
         yield batch
 
