@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effnet_train.data.autoaugment import GREY, MATRICES, Operation, blend_constant, contrast_constant
+from effnet_train.data.autoaugment import Operation
+from effnet_train.data.operations import GREY, MATRICES, blend_constant, contrast_constant
 
 # What an operation needs at most: a matrix and the value of pixels from outside.
 _NUMBERS = 7
@@ -118,7 +119,7 @@ def _values(kind: str, operation: Operation, size: tuple[int, int]) -> tuple[flo
         return (*MATRICES[operation.name](size, amount), outside)
     if kind == "fill":
         pad, (x, y), value = operation.arguments
-        # As `autoaugment.cutout`, whose box of no pixels pastes none either.
+        # As `operations.cutout`, whose box of no pixels pastes none either.
         return max(0, x - pad), max(0, y - pad), x + pad, y + pad, value
     return operation.arguments if kind in ("color", "sharpness") else ()
 
@@ -195,7 +196,7 @@ def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _project(images: Tensor, numbers: Tensor) -> Tensor:
-    """Do as `autoaugment._project`; the numbers are the matrix and the value of pixels from outside."""
+    """Do as `operations._project`; the numbers are the matrix and the value of pixels from outside."""
     count, height, width, _ = images.shape
     a, b, c, d, e, f, outside = numbers[:, :, None, None].unbind(1)
     x = torch.arange(width, dtype=torch.float32, device=images.device)

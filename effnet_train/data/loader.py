@@ -170,7 +170,7 @@ class _OnDevice:
             kept[row] = found is not None
             if found is not None:
                 pixels, labels[row], _ = found
-                batch.images[row] = send(torch.from_numpy(pixels), self.device)
+                batch.images[row] = send(torch.tensor(pixels), self.device)
         rows = kept.nonzero()[:, 0]
         labels, keys = labels[rows], batch.keys[rows]
         if self.device.type == "cuda":

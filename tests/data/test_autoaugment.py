@@ -10,29 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effnet_train.data import autoaugment
+from effnet_train.data import autoaugment, operations
 from effnet_train.data.autoaugment import AutoAugment, RandAugment
 from effnet_train.data.keys import rng
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "autoaugment.npz")
 META = json.loads(str(GOLDEN["meta"]))
 FUNCTIONS = {
-    "AutoContrast": autoaugment.autocontrast,
-    "Equalize": autoaugment.equalize,
-    "Invert": autoaugment.invert,
-    "Rotate": autoaugment.rotate,
-    "Posterize": autoaugment.posterize,
-    "Solarize": autoaugment.solarize,
-    "SolarizeAdd": autoaugment.solarize_add,
-    "Color": autoaugment.color,
-    "Contrast": autoaugment.contrast,
-    "Brightness": autoaugment.brightness,
-    "Sharpness": autoaugment.sharpness,
-    "ShearX": autoaugment.shear_x,
-    "ShearY": autoaugment.shear_y,
-    "TranslateX": autoaugment.translate_x,
-    "TranslateY": autoaugment.translate_y,
-    "Cutout": autoaugment.cutout,
+    "AutoContrast": operations.autocontrast,
+    "Equalize": operations.equalize,
+    "Invert": operations.invert,
+    "Rotate": operations.rotate,
+    "Posterize": operations.posterize,
+    "Solarize": operations.solarize,
+    "SolarizeAdd": operations.solarize_add,
+    "Color": operations.color,
+    "Contrast": operations.contrast,
+    "Brightness": operations.brightness,
+    "Sharpness": operations.sharpness,
+    "ShearX": operations.shear_x,
+    "ShearY": operations.shear_y,
+    "TranslateX": operations.translate_x,
+    "TranslateY": operations.translate_y,
+    "Cutout": operations.cutout,
 }
 
 
@@ -93,25 +93,25 @@ def test_colour_has_tensorflows_weights_at_every_grey() -> None:
     # trunc(0.2989 r + 0.587 g + 0.114 b) / 255 * 255.5, exactly, in whole numbers.
     pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3))
     grey = pixels @ np.array([2989, 5870, 1140]) * 511 // 5_100_000
-    found = autoaugment.color(pixels.astype(np.uint8), 0.0)
+    found = operations.color(pixels.astype(np.uint8), 0.0)
     assert np.abs(found[..., 0] - grey).max() <= 1
     assert (found[..., 0] != grey).mean() < 1e-4
 
 
 def test_no_bits_are_one_and_a_threshold_of_256_inverts() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    assert set(np.unique(autoaugment.posterize(ramp, 0))) == {0, 128}
-    assert (autoaugment.solarize(ramp, 256) == 255 - ramp).all()
+    assert set(np.unique(operations.posterize(ramp, 0))) == {0, 128}
+    assert (operations.solarize(ramp, 256) == 255 - ramp).all()
 
 
 def test_cutout_fills_the_square_and_is_cut_at_the_border() -> None:
     image = np.zeros((10, 20, 3), dtype=np.uint8)
-    found = autoaugment.cutout(image, 3, (1, 5), 128)[..., 0]
+    found = operations.cutout(image, 3, (1, 5), 128)[..., 0]
     expected = np.zeros((10, 20))
     expected[2:8, 0:4] = 128
     assert (found == expected).all()
     assert not image.any()
-    assert not autoaugment.cutout(image, 0, (1, 5), 128).any()
+    assert not operations.cutout(image, 0, (1, 5), 128).any()
 
 
 def test_pairs_are_equally_likely_and_probabilities_and_signs_are_kept() -> None:

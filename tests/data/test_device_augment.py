@@ -1,4 +1,4 @@
-"""Every operation on a batch against the same on each image by Pillow, which is held against TensorFlow's elsewhere."""
+"""Every operation on a batch against the same on each image, which is held against TensorFlow's elsewhere."""
 
 import random
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from effnet_train.data import autoaugment
 from effnet_train.data.autoaugment import AutoAugment, Operation, RandAugment
 from effnet_train.data.decode import decode
 from effnet_train.data.device_augment import _color, apply, fill, flip, plan
 from effnet_train.data.keys import rng
+from effnet_train.data.operations import color
 
 NAMES = tuple(autoaugment._OPERATIONS)
 # RandAugment's magnitudes may be more than 10, where operations come round again.
@@ -36,13 +36,12 @@ def image(kind: int, width: int, height: int, generator: np.random.Generator) ->
     return pixels.astype(np.uint8)
 
 
-def by_pillow(pixels: np.ndarray, operations: list[list[Operation]]) -> np.ndarray:
+def one_by_one(pixels: np.ndarray, operations: list[list[Operation]]) -> np.ndarray:
     done = []
     for one, drawn in zip(pixels, operations, strict=True):
-        picture = Image.fromarray(one)
         for operation in drawn:
-            picture = operation(picture)
-        done.append(np.asarray(picture))
+            one = operation(one)
+        done.append(one)
     return np.stack(done)
 
 
@@ -63,7 +62,7 @@ def check_operation(name: str, sizes: tuple[tuple[int, int], ...], device: str) 
         # Several keys: signs and places are drawn.
         operations = [[drawn(name, level, (width, height), key)] for level in LEVELS for key in range(6)]
         pixels = np.stack([image(number, width, height, generator) for number in range(len(operations))])
-        found, expected = on_device(pixels, operations, device), by_pillow(pixels, operations)
+        found, expected = on_device(pixels, operations, device), one_by_one(pixels, operations)
         np.testing.assert_array_equal(found, expected, err_msg=f"{width} x {height}")
 
 
@@ -78,7 +77,7 @@ def test_pixels_are_the_cpus_at_a_networks_size(name: str) -> None:
     generator, size = np.random.default_rng(1), (257, 240)
     operations = [[drawn(name, level, size, key)] for key, level in enumerate((0.5, 4, 9, 15))]
     pixels = np.stack([image(number, *size, generator) for number in (0, 2, 3, 4)])
-    np.testing.assert_array_equal(on_device(pixels, operations), by_pillow(pixels, operations))
+    np.testing.assert_array_equal(on_device(pixels, operations), one_by_one(pixels, operations))
 
 
 def test_grey_is_pillows_for_all_colours() -> None:
@@ -86,7 +85,7 @@ def test_grey_is_pillows_for_all_colours() -> None:
     red, green, blue = np.mgrid[0:256, 0:256, 0:256:3]
     pixels = np.stack([red, green, blue], -1).astype(np.uint8).reshape(1, 256 * 86, 256, 3)
     found = _color(torch.from_numpy(pixels), torch.zeros(1))[0].numpy()
-    np.testing.assert_array_equal(found, np.asarray(autoaugment.color(Image.fromarray(pixels[0]), 0.0)))
+    np.testing.assert_array_equal(found, color(pixels[0], 0.0))
 
 
 @pytest.mark.parametrize("policy", [AutoAugment(), RandAugment(3, 10), RandAugment(2, 28), AutoAugment(fill=7)])
@@ -95,7 +94,7 @@ def test_policies_on_a_batch_are_those_on_each_image(policy: AutoAugment | RandA
     for width, height in ((1, 1), (31, 45)):
         operations = [list(policy.draw((width, height), rng(key))) for key in range(150)]
         pixels = np.stack([image(number, width, height, generator) for number in range(150)])
-        np.testing.assert_array_equal(on_device(pixels, operations), by_pillow(pixels, operations))
+        np.testing.assert_array_equal(on_device(pixels, operations), one_by_one(pixels, operations))
 
 
 def test_photographs(imagenet_jpegs: dict[str, bytes]) -> None:
@@ -103,7 +102,7 @@ def test_photographs(imagenet_jpegs: dict[str, bytes]) -> None:
     pixels = np.stack([np.asarray(photograph) for photograph in photographs])
     for policy in (AutoAugment(), RandAugment(4, 9)):
         operations = [list(policy.draw((120, 120), rng(key))) for key in range(32)]
-        np.testing.assert_array_equal(on_device(pixels, operations), by_pillow(pixels, operations))
+        np.testing.assert_array_equal(on_device(pixels, operations), one_by_one(pixels, operations))
 
 
 def test_images_without_operations_are_left_alone() -> None:
@@ -122,7 +121,7 @@ def test_the_order_of_an_images_operations_is_kept() -> None:
     generator = random.Random(0)
     operations = [generator.sample(chain, generator.randrange(len(chain) + 1)) for _ in range(60)]
     pixels = np.stack([image(number, 20, 20, np.random.default_rng(number)) for number in range(60)])
-    np.testing.assert_array_equal(on_device(pixels, operations), by_pillow(pixels, operations))
+    np.testing.assert_array_equal(on_device(pixels, operations), one_by_one(pixels, operations))
 
 
 def test_one_launch_serves_all_images_of_a_kind() -> None:
@@ -138,7 +137,7 @@ def test_one_launch_serves_all_images_of_a_kind() -> None:
 def test_any_magnitude(key: int, width: int, height: int, magnitude: float) -> None:
     operations = [list(RandAugment(2, magnitude).draw((width, height), rng(key + number))) for number in range(6)]
     pixels = np.stack([image(number, width, height, np.random.default_rng(key + number)) for number in range(6)])
-    np.testing.assert_array_equal(on_device(pixels, operations), by_pillow(pixels, operations))
+    np.testing.assert_array_equal(on_device(pixels, operations), one_by_one(pixels, operations))
 
 
 def test_flips_and_boxes() -> None:
@@ -175,7 +174,7 @@ def test_grey_on_a_gpu_is_pillows_for_all_colours(gpu: str) -> None:
     colours = np.arange(2**24, dtype=np.uint32)
     pixels = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8).reshape(1, 4096, 4096, 3)
     found = _color(torch.from_numpy(pixels).cuda(), torch.zeros(1, device="cuda"))[0].cpu().numpy()
-    np.testing.assert_array_equal(found, np.asarray(autoaugment.color(Image.fromarray(pixels[0]), 0.0)))
+    np.testing.assert_array_equal(found, color(pixels[0], 0.0))
 
 
 @pytest.mark.gpu
@@ -190,7 +189,7 @@ def test_nothing_waits_for_the_gpu(gpu: str) -> None:
         found = apply(flip(images, flips), plan(operations, (32, 32)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = by_pillow(np.where(flips.numpy()[:, None, None, None], pixels[:, :, ::-1], pixels), operations)
+    expected = one_by_one(np.where(flips.numpy()[:, None, None, None], pixels[:, :, ::-1], pixels), operations)
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
@@ -203,4 +202,4 @@ def test_deterministic_algorithms_change_nothing_and_warn_of_nothing(gpu: str) -
         found = on_device(pixels, operations, gpu)
     finally:
         torch.use_deterministic_algorithms(False)
-    np.testing.assert_array_equal(found, by_pillow(pixels, operations))
+    np.testing.assert_array_equal(found, one_by_one(pixels, operations))

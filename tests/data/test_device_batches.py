@@ -197,10 +197,10 @@ def test_draws_are_those_of_the_cpu_path(size, key, augment, preprocess):
     draws = augment.draw(image.size, preprocess, key)
     view = draws.view
     pixels = view.cut(open_picture(image, "pillow").resized(view.box, view.size, "bicubic"), 24)[0]
-    picture = Image.fromarray(pixels[:, ::-1].copy() if draws.flip else pixels)
+    pixels = pixels[:, ::-1].copy() if draws.flip else pixels
     for operation in draws.operations:
-        picture = operation(picture)
-    found = np.array(picture)
+        pixels = operation(pixels)
+    found = pixels.copy()
     if draws.erase is not None:
         left, top, width, height = draws.erase
         found[top : top + height, left : left + width] = [124, 116, 104]
