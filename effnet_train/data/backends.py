@@ -12,9 +12,9 @@ from effnet_train.data.decode import decode
 
 Box = tuple[int, int, int, int]
 
-BACKENDS = ("simplejpeg", "pillow", "nvimgcodec", "nvjpeg")
-# Those that decode, and then also augment, on the device: see `device_batches`.
-DEVICE_BACKENDS = ("nvjpeg",)
+BACKENDS = ("simplejpeg", "pillow", "nvimgcodec", "nvjpeg", "hybrid")
+# Those that augment on the device, where nvjpeg also decodes: see `device_batches`.
+DEVICE_BACKENDS = ("nvjpeg", "hybrid")
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "nearest", "lanczos")}
 
 # torch's resize of bytes; it has no other filters.
@@ -45,7 +45,7 @@ def open_picture(data: bytes | Image.Image, backend: str) -> Picture:
     """Return the picture in encoded bytes, or of an image that its source had decoded already.
 
     `backend` reads plain JPEGs (8 bits, grey or three channels, with an end); Pillow reads the rest, and says what is
-    wrong with files that are damaged. One of a device has simplejpeg in its place here. Raises DecodeError.
+    wrong with files that are damaged. One of a device is simplejpeg here. Raises DecodeError.
     """
     if backend != "pillow" and isinstance(data, bytes):
         header = _jpeg_header(data)
@@ -74,7 +74,7 @@ def check_backend(backend: str, *, key: str = "data.backend") -> None:
         raise ValueError(f"{key}={backend} is not known: use one of {', '.join(BACKENDS)}")
     if backend == "nvimgcodec":
         _nvimgcodec()
-    if backend in DEVICE_BACKENDS:
+    if backend == "nvjpeg":
         import_nvimgcodec(backend)
 
 
@@ -234,4 +234,4 @@ def _nvimgcodec() -> tuple[Any, Any, Any]:
     return nvimgcodec, decoder, params
 
 
-_DECODERS = {"simplejpeg": _simplejpeg_region, "nvimgcodec": _nvimgcodec_region, "nvjpeg": _simplejpeg_region}
+_DECODERS = {**dict.fromkeys(("simplejpeg", *DEVICE_BACKENDS), _simplejpeg_region), "nvimgcodec": _nvimgcodec_region}

@@ -17,7 +17,7 @@ from effnet_train.data.augment import Augment, Draws, erase_value
 from effnet_train.data.backends import DEVICE_BACKENDS, Box, open_picture, plain_jpeg_size
 from effnet_train.data.device_augment import Steps, apply, fill, flip, pinned, plan, send
 from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, rounded_, scaled, shrinks_too_much
-from effnet_train.data.preprocess import Preprocess, View, eval_view, five_views
+from effnet_train.data.preprocess import Preprocess, View, crop_view, eval_view, five_views
 
 T = TypeVar("T")
 _AT_ONCE = 32
@@ -78,10 +78,10 @@ def check_device(
         return
     if device.type != "cuda":
         raise ValueError(
-            f"{key}={backend} decodes on a GPU, and device={device} is none: set {key}=simplejpeg, "
+            f"{key}={backend} works on a GPU, and device={device} is none: set {key}=simplejpeg, "
             "or device=cuda where there is one"
         )
-    if preprocess.interpolation not in DEVICE_FILTERS:
+    if backend == "nvjpeg" and preprocess.interpolation not in DEVICE_FILTERS:
         raise ValueError(
             f"preprocess.interpolation={preprocess.interpolation} is none of {', '.join(DEVICE_FILTERS)}, which "
             f"{key}={backend} has: set {key}=pillow for it"
@@ -98,9 +98,9 @@ def sample(
 ) -> Sample:
     """Prepare an image; `draw` tells what is to be done to one of its size. Raises DecodeError.
 
-    What no device can read is read and scaled here, as on the CPU path.
+    What no device can read is read and scaled here, as on the CPU path; with `hybrid` that is everything.
     """
-    size = plain_jpeg_size(data)
+    size = plain_jpeg_size(data) if backend == "nvjpeg" else None
     if size is not None:
         assert isinstance(data, bytes)
         draws = draw(size)
@@ -163,6 +163,8 @@ def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch
     Those are black.
     """
     contents, size = batch.contents.numpy(), preprocess.resolution
+    if not any(part.encoded or part.view != crop_view(part.view.box, preprocess) for part in batch.parts):
+        return send(batch.contents, device).view(-1, 1, size, size, 3), []  # all is done
     coded = [row for row, part in enumerate(batch.parts) if part.encoded]
     files = [contents[batch.parts[row].start : batch.parts[row].stop] for row in coded]
     found = dict(zip(coded, decode(files, [batch.parts[row].view.box for row in coded]), strict=True))

@@ -27,9 +27,9 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_on(device: torch.device) -> Decoder:
-    """Return nvJPEG for a GPU; for a CPU, so that all but the decoding itself can be tried there, what reads there."""
-    return NvjpegDecoder(device) if device.type == "cuda" else decode_on_cpu
+def decoder_on(device: torch.device, backend: str) -> Decoder:
+    """Return nvJPEG where it is asked for on a GPU; else what reads on a CPU, so that the rest can be tried there."""
+    return NvjpegDecoder(device) if backend == "nvjpeg" and device.type == "cuda" else decode_on_cpu
 
 
 def decode_on_cpu(files: Sequence[np.ndarray], boxes: Sequence[Box]) -> list[Tensor | None]:

@@ -150,7 +150,7 @@ class _OnDevice:
     """Makes the pixels of what `_Samples` prepared."""
 
     def __init__(self, images: _Images, device: torch.device) -> None:
-        self.images, self.device, self.decode = images, device, decoder_on(device)
+        self.images, self.device, self.decode = images, device, decoder_on(device, images.backend)
 
     def __call__(self, prepared: Encoded) -> Batch:
         preprocess = self.images.preprocess

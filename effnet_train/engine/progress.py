@@ -92,7 +92,7 @@ class ProgressLogger:
             share = f"{waiting:.0%}".replace("%", " %")
             text = (
                 f"hint: {share} of the time is spent waiting for data; what helps: more workers=, "
-                "data.backend=simplejpeg or nvimgcodec (nvjpeg on a GPU), smaller stored images, or a faster disk"
+                "data.backend=nvimgcodec (on a GPU hybrid or nvjpeg), smaller stored images, or a faster disk"
             )
             tqdm.write(text, file=sys.stderr)
 

@@ -97,7 +97,7 @@ def assert_refused(done: Any, message: str) -> None:
             "checkpoint=run data=digits preprocess@data.preprocess=imagenet",
             "the checkpoint's own preprocessing is used",
         ),
-        ("checkpoint=run data.backend=nvjpeg", "data.backend=nvjpeg decodes on a GPU, and device=cpu is none"),
+        ("checkpoint=run data.backend=nvjpeg", "data.backend=nvjpeg works on a GPU, and device=cpu is none"),
         ("checkpoint=run data=folder", "data.root=null must be text"),
         ("checkpoint=run batch_size=0", "batch_size=0 must be at least 1"),
         ("checkpoint=run model.width=2", "model.width is not a key of the configuration"),

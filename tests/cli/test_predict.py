@@ -207,8 +207,11 @@ def test_words_that_are_images(words: list[str], hydras: list[str], inputs: list
         ("PHOTOS cam=maps", "at 32 pixels the last features are a single one, which tells no place from another"),
         ("PHOTOS output=nowhere/a.jsonl", "output=nowhere/a.jsonl: its folder does not exist, make it first"),
         ("PHOTOS output=FOLDER", "is a folder: give a file for the results"),
-        ("PHOTOS backend=turbo", "backend=turbo is not known: use one of simplejpeg, pillow, nvimgcodec, nvjpeg"),
-        ("PHOTOS backend=nvjpeg", "backend=nvjpeg decodes on a GPU, and device=cpu is none: set backend=simplejpeg"),
+        (
+            "PHOTOS backend=turbo",
+            "backend=turbo is not known: use one of simplejpeg, pillow, nvimgcodec, nvjpeg, hybrid",
+        ),
+        ("PHOTOS backend=nvjpeg", "backend=nvjpeg works on a GPU, and device=cpu is none: set backend=simplejpeg"),
         ("PHOTOS weights=best", "weights=best is not known: use ema or raw"),
     ],
 )

@@ -147,7 +147,7 @@ def test_what_is_no_image(backend, data):
 
 def test_unknown_backend():
     with pytest.raises(
-        ValueError, match=r"data.backend=turbo is not known: use one of simplejpeg, pillow, nvimgcodec, nvjpeg"
+        ValueError, match=r"data.backend=turbo is not known: use one of simplejpeg, pillow, nvimgcodec, nvjpeg, hybrid"
     ):
         check_backend("turbo")
 

@@ -147,6 +147,17 @@ def test_files_of_all_kinds_are_read(image_root):
     assert_close(ours, theirs, mean=1 / 20)
 
 
+@pytest.mark.parametrize("crops", [1, 5])
+def test_hybrid_is_simplejpeg_bit_for_bit(imagenet_jpegs, decoded, crops):
+    files = [*imagenet_jpegs.values(), encoded(smooth(90, 70)), *decoded[:2]]
+    for resize in (None, 80):
+        found, expected = (data(files, name, Preprocess(64, resize=resize)) for name in ("hybrid", "simplejpeg"))
+        for augment in (*AUGMENTS.values(), Augment(area=None, pad=3)):
+            assert_same(trained(found, augment), trained(expected, augment))
+        ours, theirs = (list(eval_batches(one.val, one, batch_size=5, crops=crops)) for one in (found, expected))
+        assert_same(ours, theirs)
+
+
 def test_photographs_are_pillows(imagenet_jpegs):
     files, preprocess = list(imagenet_jpegs.values()), Preprocess(112)
     found, expected = (data(files, backend, preprocess) for backend in ("nvjpeg", "pillow"))
@@ -238,9 +249,9 @@ def test_what_only_the_cpu_reads_is_read_there(monkeypatch):
     files = [encoded(smooth(60 + number, 50)) for number in range(12)]
     preprocess = Preprocess(16)
     expected = trained(data(files, "simplejpeg", preprocess))
-    monkeypatch.setattr("effnet_train.data.loader.decoder_on", lambda device: _Blind(files))
+    monkeypatch.setattr("effnet_train.data.loader.decoder_on", lambda device, backend: _Blind(files))
     assert_same(trained(data(files, "nvjpeg", preprocess)), expected)
-    monkeypatch.setattr("effnet_train.data.loader.decoder_on", lambda device: _Blind(files[3:6]))
+    monkeypatch.setattr("effnet_train.data.loader.decoder_on", lambda device, backend: _Blind(files[3:6]))
     assert_close(trained(data(files, "nvjpeg", preprocess)), expected, mean=0.5)
 
 
@@ -283,7 +294,9 @@ def test_what_shrinks_too_much_is_scaled_on_the_cpu(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "effnet_train.data.loader.decoder_on",
-        lambda device: lambda files, boxes: [asked.append(box) for box in boxes] or decode_on_cpu(files, boxes),
+        lambda device, backend: (
+            lambda files, boxes: [asked.append(box) for box in boxes] or decode_on_cpu(files, boxes)
+        ),
     )
     files = [encoded(smooth(8 * MOST_SHRUNK + 9, 8 * MOST_SHRUNK + 9)), encoded(smooth(8 * MOST_SHRUNK - 9, 200))]
     preprocess = Preprocess(8, crop_padding=0)
@@ -369,7 +382,7 @@ def test_an_error_in_making_is_raised_where_the_batch_was_due_and_no_thread_stay
 
 
 def test_a_device_backend_needs_a_gpu():
-    with pytest.raises(ValueError, match=r"data.backend=nvjpeg decodes on a GPU, and device=cpu is none: .*simplejpeg"):
+    with pytest.raises(ValueError, match=r"data.backend=nvjpeg works on a GPU, and device=cpu is none: .*simplejpeg"):
         check_device("nvjpeg", CPU, Preprocess(16))
     check_device("simplejpeg", CPU, Preprocess(16))
 

@@ -63,7 +63,7 @@ def test_stop_and_resume_gives_the_same_bits(train: Train, more: tuple[str, ...]
 
 
 def test_a_cpu_is_refused(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.backend=nvjpeg decodes on a GPU, and device=cpu is none"):
+    with pytest.raises(ValueError, match=r"data.backend=nvjpeg works on a GPU, and device=cpu is none"):
         train("refused", "data.backend=nvjpeg")
     assert not (tmp_path / "refused").exists()
 
