@@ -4,8 +4,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from effnet_train.data.archives import shards as tar_shards
 from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment
 from effnet_train.data.backends import DEVICE_BACKENDS
@@ -21,26 +23,38 @@ from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess
-from effnet_train.data.sources import Files, FolderSource
+from effnet_train.data.sources import Files, FolderSource, Source
 
 # Name -> a function of (root, train, batch_size, workers) that gives batches of uint8 images without end.
 Contender = Callable[[str, bool, int, int], Iterator[int]]
 
 REFERENCE = "timm"
 _RESOLUTION = 224
-_PACKAGES = ("effnet-train", "torch", "torchvision", "timm", "pillow", "simplejpeg", "nvidia-nvimgcodec-cu13", "numpy")
+_SHARDS = "*.tar"
+_SHUFFLED = 1000  # images, still encoded, that webdataset draws from
+_PACKAGES = (
+    "effnet-train",
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "simplejpeg",
+    "nvidia-nvimgcodec-cu13",
+    "webdataset",
+    "numpy",
+)
 
 
 class _Repeated:
     """A folder whose images come again and again, as if they were `count`."""
 
-    def __init__(self, source: FolderSource, count: int) -> None:
+    def __init__(self, source: Source, count: int) -> None:
         self.source, self.count, self.classes = source, count, source.classes
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int) -> tuple[bytes, int]:
+    def read(self, index: int) -> tuple[Any, int]:
         return self.source.read(index % len(self.source))
 
     def name(self, index: int) -> str:
@@ -60,12 +74,17 @@ def _arrived(batch: Batch) -> int:
     return len(batch.labels)
 
 
-def ours(backend: str) -> Contender:
-    """Return this package's loader with one of `data.backends.BACKENDS`. Raises ValueError where it needs a GPU."""
+def ours(backend: str, shards: str | None = None) -> Contender:
+    """Return this package's loader with one of `data.backends.BACKENDS`, of a folder of images or one of shards.
+
+    Raises ValueError where the backend needs a GPU.
+    """
     device = _device_of(backend)
 
     def batches(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int]:
-        source = FolderSource(root)
+        source: Source = FolderSource(root)
+        if shards is not None:
+            source = tar_shards(shards, train=_SHARDS, val=_SHARDS, preprocess=Preprocess(_RESOLUTION)).train
         if train:
             data = Data(source, source, None, Preprocess(_RESOLUTION), "raise", backend)
             order, augment = Order(len(source), batch_size, seed=0), Augment(policy=AutoAugment())
@@ -96,16 +115,21 @@ def _timm(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int
 def _torchvision(root: str, train: bool, batch_size: int, workers: int, tensors: bool = False) -> Iterator[int]:
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
+
+    options: dict[str, Any] = {"loader": _Decoder(decode_image, ImageReadMode.RGB)} if tensors else {}
+    images = ImageFolder(root, _transform(train, tensors), **options)
+    return _torch_batches(images, train, batch_size, workers, None)
+
+
+def _transform(train: bool, tensors: bool) -> Callable[[Any], torch.Tensor]:
+    """Return torchvision's transform, of Pillow images or of tensors."""
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC
     steps: list[Any] = [v2.Resize(256, bicubic), v2.CenterCrop(_RESOLUTION)]
     if train:
         steps = [v2.RandomResizedCrop(_RESOLUTION, interpolation=bicubic), v2.RandomHorizontalFlip(), v2.AutoAugment()]
-    options: dict[str, Any] = {"loader": _Decoder(decode_image, ImageReadMode.RGB)} if tensors else {}
-    steps += [] if tensors else [v2.PILToTensor()]
-    images = ImageFolder(root, v2.Compose(steps), **options)
-    return _torch_batches(images, train, batch_size, workers, None)
+    return v2.Compose(steps if tensors else [*steps, v2.PILToTensor()])
 
 
 class _Decoder:
@@ -120,6 +144,32 @@ class _Decoder:
 
 def _torchvision_tensors(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int]:
     return _torchvision(root, train, batch_size, workers, tensors=True)
+
+
+def _webdataset(shards: str) -> Contender:
+    """Return webdataset's pipeline over a folder of shards, as its documentation builds it for ImageNet."""
+
+    def batches(root: str, train: bool, batch_size: int, workers: int) -> Iterator[int]:
+        try:
+            import webdataset
+        except ImportError as error:
+            raise ImportError(
+                "shards are also read by webdataset: pip install webdataset, or set shards=null"
+            ) from error
+        files = sorted(str(path) for path in Path(shards).glob(_SHARDS))
+        if len(files) < workers:
+            raise ValueError(
+                f"shards={shards} holds {len(files)} files: each of webdataset's {workers} workers needs one"
+            )
+        images = webdataset.WebDataset(files, shardshuffle=len(files) if train else False, empty_check=False)
+        images = (images.shuffle(_SHUFFLED) if train else images).decode("pil").to_tuple("jpg;jpeg;png", "cls")
+        images = images.map_tuple(_transform(train, tensors=False)).batched(batch_size, partial=False).repeat()
+        loader: DataLoader[Any] = DataLoader(
+            images, batch_size=None, num_workers=workers, multiprocessing_context="forkserver" if workers else None
+        )
+        return (len(labels) for _, labels in loader)
+
+    return batches
 
 
 class _Endless(Sampler[int]):
@@ -148,13 +198,23 @@ def _torch_batches(
     return (len(labels) for _, labels in loader)
 
 
-def contenders(backends: Sequence[str]) -> dict[str, Contender]:
-    """Return what is measured: ours with each backend, timm, and torchvision with Pillow images and with tensors."""
+def contenders(backends: Sequence[str], shards: Mapping[str, str]) -> dict[str, Contender]:
+    """Return what is measured: ours with each backend, timm, and torchvision with Pillow images and with tensors.
+
+    And ours, with the first backend, and webdataset with each folder of `shards`, by their names.
+    """
+    of_shards: dict[str, Contender] = {}
+    for name, folder in shards.items():
+        if not any(Path(folder).glob(_SHARDS)):
+            raise FileNotFoundError(f"shards.{name}={folder} holds no {_SHARDS}: make some with effnet-data convert")
+        of_shards |= {f"webdataset, {name}": _webdataset(folder)}
+        of_shards |= {f"ours, {name}": ours(backend, folder) for backend in backends[:1]}
     return {
         REFERENCE: _timm,
         "torchvision": _torchvision,
         "torchvision tensors": _torchvision_tensors,
         **{f"ours, {backend}": ours(backend) for backend in backends},
+        **of_shards,
     }
 
 

@@ -51,7 +51,7 @@ def data(cfg: DictConfig) -> None:
     root, size, first = config["data"]["root"], config["batch_size"], (config["backends"] or ["pillow"])[0]
     torch.set_num_threads(1)  # speeds are those of a core
     result: dict[str, Any] = {"machine": data_speed.machine(), "root": root, "rows": []}
-    measured = data_speed.contenders(config["backends"])
+    measured = data_speed.contenders(config["backends"], config["shards"] or {})
     for job in config["jobs"]:
         for workers in config["workers"]:
             rows = data_speed.compare(

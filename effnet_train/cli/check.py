@@ -88,6 +88,7 @@ DATA_WRITE: Mapping[str, Any] = {
 }
 BENCH_DATA: Mapping[str, Any] = {
     "data": Mapping,
+    "shards": Mapping | None,
     "jobs": list[Literal["train", "eval"]],
     "backends": list[str],
     "workers": list[int],

@@ -1,6 +1,8 @@
+import io
 import itertools
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -29,10 +31,43 @@ def jpegs(tmp_path):
 
 @WARNINGS
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name", list(data_speed.contenders(["simplejpeg", "pillow"])))
+@pytest.mark.parametrize("name", list(data_speed.contenders(["simplejpeg", "pillow"], {})))
 def test_each_gives_batches_without_end(jpegs, name, train):
-    batches = data_speed.contenders(["simplejpeg", "pillow"])[name](str(jpegs), train, 4, 0)
+    batches = data_speed.contenders(["simplejpeg", "pillow"], {})[name](str(jpegs), train, 4, 0)
     assert list(itertools.islice(batches, 4)) == [4, 4, 4, 4]
+
+
+@pytest.fixture
+def shards(jpegs, tmp_path):
+    """Return a folder of two shards of the same images."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    files = sorted(jpegs.glob("*/*"))
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for file in files[number::2]:
+                archive.add(file, f"{file.stem}.jpg")
+                label = tarfile.TarInfo(f"{file.stem}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(str("ab".index(file.parent.name)).encode()))
+    return folder
+
+
+@WARNINGS
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ["webdataset, small", "ours, small"])
+def test_shards_give_batches_without_end(jpegs, shards, name, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    batches = data_speed.contenders(["simplejpeg"], {"small": str(shards)})[name](str(jpegs), train, 4, 0)
+    assert list(itertools.islice(batches, 4)) == [4, 4, 4, 4]
+
+
+def test_too_few_shards_are_refused(jpegs, shards, tmp_path):
+    reader = data_speed.contenders([], {"small": str(shards)})["webdataset, small"]
+    with pytest.raises(ValueError, match="holds 2 files: each of webdataset's 3 workers needs one"):
+        reader(str(jpegs), True, 4, 3)
+    with pytest.raises(FileNotFoundError, match=r"shards.none=.* holds no \*.tar: make some with effnet-data convert"):
+        data_speed.contenders([], {"none": str(tmp_path)})
 
 
 def test_ratios_are_to_timms_speed_in_the_same_round(monkeypatch, jpegs):
