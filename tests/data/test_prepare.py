@@ -127,6 +127,15 @@ def test_shards_keep_the_images_names(tmp_path):
     assert contents(scanned.val) == contents(source)
 
 
+@pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 17 * 512, 17 * 512 + 1, 30_000])
+@pytest.mark.parametrize("name", ["a.jpg", "long" * 50 + ".jpg", "\u732b.jpg"])
+def test_the_size_of_a_shard_is_known_before(length, name):
+    stream, content = io.BytesIO(), b"x" * length
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(pieces.member(name, content), io.BytesIO(content))
+    assert pieces.shard_size(pieces.member_size(pieces.member(name, content))) == len(stream.getvalue())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resize", [None, 100])
 def test_shards_of_a_size(photos, tmp_path, resize, workers):

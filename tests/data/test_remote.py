@@ -211,8 +211,8 @@ def test_an_index_beside_spares_reading_the_shards(
     "damage",
     [
         lambda text: text[: len(text) // 2],
-        lambda text: text.replace('"bytes": ', '"bytes": 1'),
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"bytes": ', '"bytes": 1').replace("[[", "[[1"),
+        lambda text: text.replace('"version": 1', '"version": 2').replace("[[", "[[1"),
         lambda text: text.replace('"images": [[', '"images": [[-1, '),
         lambda _: "v1.2 5\njpg 512 700 0001.jpg cls 2048 1 0001.cls\n",
         lambda _: "[]",
