@@ -31,6 +31,7 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("compile", "deterministic", "dry_run"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
+    "on_nan": Literal["stop", "skip", "rollback"],
     **dict.fromkeys(("accumulate", "threads"), int | Literal["auto"]),
     "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
     **dict.fromkeys(("init_from", "init_source"), str | None),

@@ -3,7 +3,7 @@
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from effnet_train.engine.checkpoint import (
     write_bytes,
 )
 from effnet_train.engine.evaluate import evaluate
+from effnet_train.engine.faults import Faults, RollBackError, passed_over
+from effnet_train.engine.faults import read as read_faults
 from effnet_train.engine.loggers import Logger
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
@@ -40,8 +42,13 @@ from effnet_train.optim.ema import EMA
 BAD_IMAGES = "bad_images.txt"
 
 
-def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Callable[[], None]]:
-    """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended."""
+def prepare(
+    cfg: DictConfig, folder: Path, session: Session, fault: RollBackError | None = None
+) -> tuple[Run, Callable[[], None]]:
+    """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended.
+
+    `fault` sent it back there: the batches that led to it are passed over from now on.
+    """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoints = Checkpoints(folder, **cfg.checkpoint)
     run_folder.check(folder, config)
@@ -75,6 +82,9 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)
+    faults = _faults(cfg, folder, plan, data, session)
+    if fault is not None:
+        faults.record(fault.step, fault.what, action="rollback", from_step=state.step)
     loggers = _open_loggers(config, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
     run = Run(
@@ -89,13 +99,15 @@ def prepare(cfg: DictConfig, folder: Path, session: Session) -> tuple[Run, Calla
             accumulate=cfg.accumulate,
             clip_norm=cfg.clip_norm,
             mixing=mixing,
+            skip_bad=cfg.on_nan == "skip",
             session=session,
         ),
-        batches=partial(_batches, cfg, data, augment, plan, folder, session),
+        batches=partial(_batches, cfg, data, augment, plan, folder, session, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
         meta=build.metadata(cfg, data, precision),
         select_by=cfg.select_by,
+        faults=faults,
         loggers=loggers,
         session=session,
     )
@@ -166,10 +178,34 @@ def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, state: Train
     return loggers
 
 
+def _faults(cfg: DictConfig, folder: Path, plan: Plan, data: Data, session: Session) -> Faults:
+    known = session.broadcast(read_faults(folder) if session.is_main else [])
+
+    def images(step: int) -> list[str]:
+        order = Order(len(data.train), plan.batch_size, cfg.seed, passed_over=passed_over(known))
+        return [data.train.name(index) for index in order.batch(step - 1)[0].tolist()]
+
+    return Faults(folder, cfg.on_nan, images, lambda step: plan.lr(step - 1), session.is_main, known)
+
+
 def _batches(
-    cfg: DictConfig, data: Data, augment: Augment, plan: Plan, folder: Path, session: Session, start: int
+    cfg: DictConfig,
+    data: Data,
+    augment: Augment,
+    plan: Plan,
+    folder: Path,
+    session: Session,
+    passed_over: Sequence[tuple[int, int]],
+    start: int,
 ) -> Iterator[tuple[Batch, ...]]:
-    order = Order(len(data.train), plan.batch_size, cfg.seed, rank=session.rank, world_size=session.world_size)
+    order = Order(
+        len(data.train),
+        plan.batch_size,
+        cfg.seed,
+        rank=session.rank,
+        world_size=session.world_size,
+        passed_over=passed_over,
+    )
     workers = build.resolve_workers(cfg.workers, session.device)
     micro_batches = train_batches(
         data,

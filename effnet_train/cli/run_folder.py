@@ -32,6 +32,7 @@ FREE = (
     "max_steps",
     "model.checkpointing",
     "name",
+    "on_nan",
     "ranks",
     "run_root",
     "save_every",

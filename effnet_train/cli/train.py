@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
+
+if TYPE_CHECKING:
+    from effnet_train.distributed import PreemptionNotice, Session
+    from effnet_train.engine.faults import RollBackError
 
 
 def task(cfg: DictConfig) -> None:
@@ -33,24 +37,41 @@ def task(cfg: DictConfig) -> None:
 
 def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     """Train as one rank. Raises SystemExit(75) where a signal stopped it, with everything saved."""
-    from effnet_train.cli.rank import prepare
     from effnet_train.distributed import PREEMPTED_EXIT_CODE, PreemptionNotice, open_session
-    from effnet_train.engine.loggers import tell
-    from effnet_train.engine.train import train
+    from effnet_train.engine.faults import RollBackError
 
     cfg = OmegaConf.create(config)
     with open_session(device) as session, PreemptionNotice(session) as notice:
-        run, finish = prepare(cfg, Path(folder), session)
-        try:
-            done = train(run, notice)
-            if done:
-                finish()
-        finally:
-            tell(run.loggers, lambda logger: logger.close())
-        if not done and session.is_main:
-            print(f"stopped at step {run.state.step:,}, saved in {folder}: the same command goes on", file=sys.stderr)
+        done, fault = False, None
+        while True:
+            try:
+                done = _train_from_checkpoint(cfg, Path(folder), session, notice, fault)
+                break
+            except RollBackError as error:
+                # Without its traceback, which holds on to the network and all else that is about to be built anew.
+                fault = error.with_traceback(None)
     if not done:
         raise SystemExit(PREEMPTED_EXIT_CODE)
+
+
+def _train_from_checkpoint(
+    cfg: DictConfig, folder: Path, session: "Session", notice: "PreemptionNotice", fault: "RollBackError | None"
+) -> bool:
+    """Train to the end, and say whether it was reached. Raises RollBackError where this is to be called again."""
+    from effnet_train.cli.rank import prepare
+    from effnet_train.engine.loggers import tell
+    from effnet_train.engine.train import train
+
+    run, finish = prepare(cfg, folder, session, fault)
+    try:
+        done = train(run, notice)
+        if done:
+            finish()
+    finally:
+        tell(run.loggers, lambda logger: logger.close())
+    if not done and session.is_main:
+        print(f"stopped at step {run.state.step:,}, saved in {folder}: the same command goes on", file=sys.stderr)
+    return done
 
 
 main = command("train", task)

@@ -1,5 +1,7 @@
 """Which images a step sees: a pure function of the seed and the step."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from effnet_train.data.keys import sample_keys
@@ -20,9 +22,19 @@ class Order:
     The permutations of epochs 0, 1, 2 ... stand one after another, and step `s` takes positions `s * batch_size` to
     `(s + 1) * batch_size`, as the authors' shuffle-repeat-batch does: every batch is full, every image is read
     once an epoch, and a batch may end one epoch and begin the next. Each rank takes its equal, consecutive part.
+    `passed_over` (step, batches) are places in the stream at which batches are left out.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        passed_over: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
                 f"batch_size={batch_size} is not a positive multiple of the {world_size} ranks: "
@@ -31,12 +43,13 @@ class Order:
         if num_images < 1:
             raise ValueError("the training set has no images: check data.root")
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.passed_over = rank, world_size, tuple(passed_over)
         self._permutations: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return this rank's part of `step`'s batch: indices and keys, both int64 (batch_size / world_size,)."""
         size = self.batch_size // self.world_size
+        step += sum(batches for place, batches in self.passed_over if place <= step)
         start = step * self.batch_size + self.rank * size
         epochs, places = np.divmod(np.arange(start, start + size), self.num_images)
         indices = np.empty(size, dtype=np.int64)

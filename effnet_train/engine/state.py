@@ -41,6 +41,11 @@ class TrainState:
         """Return BatchNorm's running means and variances."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
+    @property
+    def summed(self) -> list[Tensor]:
+        """Return what a forward pass changes: running statistics, and the sums between log lines."""
+        return [*self.running_statistics, self.statistics]
+
     def is_finite(self) -> bool:
         """Say whether every weight, running statistic and average is a finite number. Waits for the device."""
         tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]

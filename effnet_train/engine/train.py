@@ -17,6 +17,7 @@ from effnet_train.distributed import PreemptionNotice, Session, no_sync
 from effnet_train.engine.checkpoint import Checkpoints
 from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
+from effnet_train.engine.faults import Faults, NotFiniteError, RollBackError
 from effnet_train.engine.loggers import Logger, tell
 from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
@@ -79,16 +80,28 @@ class Stepper:
     accumulate: int = 1
     clip_norm: float | None = None
     mixing: Mixing = field(default_factory=Mixing)
+    skip_bad: bool = False
     session: Session = field(default_factory=Session)
 
-    def __call__(self, state: TrainState, batch: Sequence[Batch], lr: float) -> None:
-        """Train `state` on the equal micro-batches of `batch`. Nothing here waits for the device."""
+    def __call__(self, state: TrainState, batch: Sequence[Batch], lr: float) -> bool:
+        """Train `state` on the equal micro-batches of `batch`; say whether it did.
+
+        With `skip_bad`, a loss or gradient that is not finite changes nothing, on any rank, but the number of steps.
+        Nothing else here waits for the device.
+        """
         assert len(batch) == self.accumulate
+        former = [tensor.clone() for tensor in state.summed] if self.skip_bad else []
         *first, last = batch
         with no_sync(self.network):
             for part in first:
                 self._backward(state, part)
         self._backward(state, last)
+        if self.skip_bad and not self._is_finite(state):
+            for tensor, value in zip(state.summed, former, strict=True):
+                tensor.copy_(value)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            return False
         self.session.mean_(state.running_statistics)
         if self.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
@@ -100,6 +113,14 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.ema.update(state.step)
+        return True
+
+    def _is_finite(self, state: TrainState) -> bool:
+        finite = state.statistics[4].isinf()  # no step had a bad loss
+        if not state.scaler.is_enabled():  # it looks for bad gradients itself, which are its way to find a scale
+            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
+        return bool(self.session.min_(finite.to(torch.float64)).item())
 
     def settle(self, state: TrainState, batch_size: int) -> None:
         """Run one backward pass on black images and forget it: then DDP has ordered its buckets before a step counts.
@@ -157,6 +178,7 @@ class Run:
     checkpoints: Checkpoints
     meta: Mapping[str, Any]  # travels with the weights: model, preprocess, classes, data
     select_by: str
+    faults: Faults
     loggers: Sequence[Logger] = ()
     session: Session = field(default_factory=Session)
 
@@ -164,7 +186,7 @@ class Run:
 def train(run: Run, notice: PreemptionNotice) -> bool:
     """Train from the state's step to the last; return False where a signal asked to stop before, with all saved.
 
-    Raises FloatingPointError, on every rank, where the loss or a weight stops being finite.
+    Raises NotFiniteError, on every rank, where the loss or a weight stops being finite; RollBackError, to go back.
     """
     state, plan = run.state, run.plan
     clock = Clock()
@@ -178,7 +200,8 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
         clock.got_data()
         if state.step == 0 and run.loggers:
             _log_images(run, batch[0])
-        run.step(state, batch, plan.lr(state.step))
+        if not run.step(state, batch, plan.lr(state.step)):
+            run.faults.skipped(state.step)
         clock.did_step(plan.batch_size)
         stopped = _look(run, clock, notice)
         if stopped:
@@ -233,8 +256,8 @@ def _log_training(run: Run, clock: "Clock") -> None:
     if math.isfinite(bad_step):
         raise _not_finite(run, int(bad_step), "the loss")
     values = {
-        "train/loss": loss_sum / images,
-        "train/top1": correct / images,
+        # Of steps that were all left out there is nothing to tell.
+        **({"train/loss": loss_sum / images, "train/top1": correct / images} if images else {}),
         "train/lr": plan.lr(state.step - 1),
         **clock.rates(),
         **({"train/skipped": skipped} if skipped else {}),
@@ -250,13 +273,18 @@ def _check_finite(run: Run) -> None:
         raise _not_finite(run, run.state.step, "a weight")
 
 
-def _not_finite(run: Run, step: int, what: str) -> FloatingPointError:
+def _not_finite(run: Run, step: int, what: str) -> NotFiniteError:
+    if run.faults.may_roll_back:
+        return RollBackError(f"{what} is not a finite number at step {step}", step=step, what=what)
+    run.faults.record(step, what, action="stop")
     steps = run.checkpoints.steps()
     kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-    return FloatingPointError(
+    return NotFiniteError(
         f"{what} is not a finite number at step {step} (epoch {run.plan.epoch(step):.2f}, "
         f"lr={run.plan.lr(step - 1):.4g}); {kept}. Start a run of another name= with a lower schedule.lr_per_256, "
-        "a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32"
+        "a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32; or go on with on_nan=rollback",
+        step=step,
+        what=what,
     )
 
 
