@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from effnet_train.cli import build, run_folder
+from effnet_train.cli.provenance import provenance
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
@@ -85,7 +86,8 @@ def prepare(
     faults = _faults(cfg, folder, plan, data, session)
     if fault is not None:
         faults.record(fault.step, fault.what, action="rollback", from_step=state.step)
-    loggers = _open_loggers(config, plan, folder, state) if session.is_main else []
+    made_with = provenance(session.device)
+    loggers = _open_loggers({**config, "provenance": made_with}, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
     run = Run(
         state=state,
@@ -108,6 +110,7 @@ def prepare(
         meta=build.metadata(cfg, data, precision),
         select_by=cfg.select_by,
         faults=faults,
+        provenance=made_with,
         loggers=loggers,
         session=session,
     )

@@ -179,6 +179,7 @@ class Run:
     meta: Mapping[str, Any]  # travels with the weights: model, preprocess, classes, data
     select_by: str
     faults: Faults
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # code, packages and machine, kept beside the state
     loggers: Sequence[Logger] = ()
     session: Session = field(default_factory=Session)
 
@@ -315,7 +316,12 @@ def is_better(score: float, former: float, *, least: bool) -> bool:
 
 
 def _payload(run: Run) -> dict[str, Any]:
-    return {"effnet_train": 1, "meta": dict(run.meta), **run.state.state_dict(run.session)}
+    return {
+        "effnet_train": 1,
+        "meta": dict(run.meta),
+        "provenance": dict(run.provenance),
+        **run.state.state_dict(run.session),
+    }
 
 
 def _log_images(run: Run, batch: Batch) -> None:

@@ -127,13 +127,13 @@ def test_no_step_waits_for_the_gpu(train: Train, jpegs: Path, monkeypatch: pytes
         pytest.skip("there is no GPU")
     call, steps = Stepper.__call__, []
 
-    def checked(self: Stepper, state: TrainState, batch: Sequence[Batch], lr: float) -> None:
+    def checked(self: Stepper, state: TrainState, batch: Sequence[Batch], lr: float) -> bool:
         assert all(part.images.is_cuda for part in batch)
         if state.step >= 2:  # by then all is allocated and every algorithm chosen
             steps.append(state.step)
             torch.cuda.set_sync_debug_mode("error")
         try:
-            call(self, state, batch, lr)
+            return call(self, state, batch, lr)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -72,10 +72,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process a real signal in the middle of a step."""
     call = Stepper.__call__
 
-    def with_signal(self: Stepper, state: TrainState, batch: Sequence[Batch], lr: float) -> None:
-        call(self, state, batch, lr)
+    def with_signal(self: Stepper, state: TrainState, batch: Sequence[Batch], lr: float) -> bool:
+        trained = call(self, state, batch, lr)
         if state.step == step:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return trained
 
     monkeypatch.setattr(Stepper, "__call__", with_signal)
 
