@@ -28,7 +28,16 @@ from effnet_train.engine.checkpoint import load_checkpoint
 
 VARYING = ("train/images_per_s", "train/data_wait")  # what depends on the clock
 FIXED = (
-    *("recipe=demo", "device=cpu", "model.width=0.25", "batch_size=48", "threads=1", "run_root=.", "log_every.steps=3"),
+    *(
+        "recipe=demo",
+        "epochs=200",
+        "device=cpu",
+        "model.width=0.25",
+        "batch_size=48",
+        "threads=1",
+        "run_root=.",
+        "log_every.steps=3",
+    ),
     *("save_every.steps=5", "save_every.epochs=null", "evaluate_every.steps=50", "evaluate_every.epochs=null"),
 )
 PREEMPTED = 75

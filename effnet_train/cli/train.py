@@ -68,6 +68,7 @@ def _train_from_checkpoint(
         if done:
             finish()
     finally:
+        run.checkpoints.close()
         tell(run.loggers, lambda logger: logger.close())
     if not done and session.is_main:
         print(f"stopped at step {run.state.step:,}, saved in {folder}: the same command goes on", file=sys.stderr)

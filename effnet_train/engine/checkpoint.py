@@ -9,8 +9,10 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from effnet_train.data.preprocess import Preprocess
+from effnet_train.engine.snapshot import Snapshot
 from effnet_train.models import formats, pretrained, published
 from effnet_train.models.tf_checkpoint import read_tensorflow
 
@@ -107,19 +110,28 @@ def _check_sums(path: Path) -> None:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run's folder: `step_*.pt`, of which the last `keep` stay, and `best.pt`.
+    """The checkpoints of one run's folder: `step_*.pt` and `best.pt`.
 
-    A save that fails is reported and tried again at the next; failing at `max_failures` steps in a row ends the run.
+    Of the former the last `keep` stay, and those of the multiples of `keep_period` steps. A save that fails is reported
+    and tried again at the next; failing at `max_failures` steps in a row ends the run. With `background`, training
+    waits for a copy in host memory only; a thread writes it, and the next save, or `settle`, tells how that went.
     """
 
     folder: Path
     keep: int = 3
+    keep_period: int | None = None
     max_failures: int = 3
+    background: bool = True
     failed_steps: set[int] = field(default_factory=set, init=False)
+    _snapshot: Snapshot = field(default_factory=Snapshot, init=False, repr=False)
+    _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _writing: tuple[Path, int, Future[None]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep}: at least 1 must stay, to resume from")
+        if self.keep_period is not None and self.keep_period < 1:
+            raise ValueError(f"checkpoint.keep_period={self.keep_period} must be a number of steps, or null for none")
 
     def steps(self) -> list[int]:
         """Return the steps there are checkpoints of, oldest first."""
@@ -163,24 +175,55 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def save(self, payload: Mapping[str, Any], *, must: bool = False) -> None:
-        """Write the checkpoint of `payload["step"]` and drop the oldest ones; `must` makes any failure an error."""
-        if self._write(self.path(payload["step"]), payload, must=must):
-            # Of later steps there may be damaged ones, which are no reason to drop a good one.
-            former = [step for step in self.steps() if step <= payload["step"]]
-            for step in former[: -self.keep]:
-                self.path(step).unlink(missing_ok=True)
+        """Write the checkpoint of `payload["step"]` and drop the oldest ones.
+
+        `must` waits until it is on the disk, and makes any failure an error.
+        """
+        self.settle()
+        step = payload["step"]
+        if must or not self.background:
+            self._write(self.path(step), step, lambda: self._save(payload), must=must)
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self.path(step), step, self._thread.submit(self._save, self._snapshot(dict(payload)))
 
     def save_best(self, payload: Mapping[str, Any]) -> bool:
-        """Write `best.pt`; say whether that went well."""
-        return self._write(self.folder / BEST, payload)
+        """Write `best.pt`, at once, as its score is worth nothing without it; say whether that went well."""
+        self.settle()
+        path = self.folder / BEST
+        return self._write(path, payload["step"], lambda: write_atomically(path, partial(torch.save, payload)))
 
-    def _write(self, path: Path, payload: Mapping[str, Any], *, must: bool = False) -> bool:
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError where saving has failed too often."""
+        if self._writing is not None:
+            (path, step, future), self._writing = self._writing, None
+            self._write(path, step, future.result)
+
+    def close(self) -> None:
+        """Settle, and say what went wrong instead of raising it."""
         try:
-            write_atomically(path, lambda file: torch.save(payload, file))
+            self.settle()
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _save(self, payload: Mapping[str, Any]) -> None:
+        write_atomically(self.path(payload["step"]), partial(torch.save, payload))
+        # Of later steps there may be damaged ones, which are no reason to drop a good one.
+        former = [step for step in self.steps() if step <= payload["step"]]
+        for step in former[: -self.keep]:
+            if self.keep_period is None or step % self.keep_period:
+                self.path(step).unlink(missing_ok=True)
+
+    def _write(self, path: Path, step: int, write: Callable[[], None], *, must: bool = False) -> bool:
+        """Do what writes `path`, or wait for it, and say whether it went well."""
+        try:
+            write()
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            self.failed_steps.add(payload["step"])
-            free = shutil.disk_usage(path.parent).free
-            reason = error.strerror if isinstance(error, OSError) else f"{error}; {free:,} bytes are free on that disk"
+            self.failed_steps.add(step)
+            reason = error.strerror if isinstance(error, OSError) else f"{error}; {_free(path.parent)}"
             text = f"cannot write {path} ({reason})"
             if must:
                 raise OSError(f"{text}; the checkpoints before it are intact") from error
@@ -192,6 +235,13 @@ class Checkpoints:
             return False
         self.failed_steps.clear()
         return True
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free on that disk"
+    except OSError as error:  # a mount that has vanished
+        return f"{folder}: {error.strerror}"
 
 
 def find_checkpoint(path: Path) -> Path:
