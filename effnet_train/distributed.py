@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from effnet_train import slurm
+
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
+# All that can ask a run to stop; which of them do is its configuration's choice.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
 _ONE_REQUEST_S = 3.0
@@ -143,16 +146,23 @@ def resolve_ranks(ranks: int | str, device: str) -> int:
 
 
 def launched() -> bool:
-    """Say whether a launcher (torchrun, or our own) has already given this process its rank."""
+    """Say whether a launcher (torchrun, srun, or our own) has already given this process its rank.
+
+    A place that srun gave then stands where torchrun's does.
+    """
+    slurm.take_place(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def open_session(device: str) -> Iterator[Session]:
-    """Take this process's place from the environment (RANK, WORLD_SIZE, LOCAL_RANK) and leave it in order."""
+    """Take this process's place from the environment (RANK, WORLD_SIZE, LOCAL_RANK) and leave it in order.
+
+    Raises ValueError where this machine has fewer GPUs than ranks.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    place = torch.device("cuda", _gpu(local_rank, local_world)) if device == "cuda" else torch.device("cpu")
     if place.type == "cuda":
         torch.cuda.set_device(place)
     elif local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -168,14 +178,24 @@ def open_session(device: str) -> Iterator[Session]:
     finally:
         # After an error the other ranks may never come to a collective: leave without asking them.
         if sys.exc_info()[0] is None:
-            dist.barrier(device_ids=[local_rank] if place.type == "cuda" else None)
+            dist.barrier(device_ids=[place.index] if place.type == "cuda" else None)
             dist.destroy_process_group()
 
 
-def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
+def _gpu(local_rank: int, local_world: int) -> int:
+    """Return which of the GPUs that this process sees is its own: schedulers show a task all, or its own alone."""
+    gpus = torch.cuda.device_count()
+    if 1 < gpus < local_world:
+        raise ValueError(f"{local_world} ranks on this machine, which has {gpus} GPUs: start one for each GPU")
+    return local_rank if gpus > 1 else 0
+
+
+def launch(
+    function: Callable[..., None], *args: Any, ranks: int, signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> None:
     """Run `function(*args)` in `ranks` processes of this machine, through torch's elastic launcher.
 
-    The exit code of the first rank that failed becomes this process's.
+    The exit code of the first rank that failed becomes this process's. The ranks are told of `signals`.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -200,7 +220,7 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with logs, _forwarded_signals() as forwarded:
+        with logs, _forwarded_signals(signals) as forwarded:
             elastic_launch(config, function)(*args)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
@@ -212,7 +232,7 @@ def launch(function: Callable[..., None], *args: Any, ranks: int) -> None:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[set[int]]:
+def _forwarded_signals(signals: Sequence[signal.Signals]) -> Iterator[set[int]]:
     """Hand the signals that ask to stop on to the ranks, whose exit codes then say what came of it; give their set."""
     forwarded: set[int] = set()
 
@@ -223,7 +243,7 @@ def _forwarded_signals() -> Iterator[set[int]]:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, number)
 
-    former = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    former = {number: signal.signal(number, forward) for number in signals}
     try:
         yield forwarded
     finally:
@@ -232,13 +252,22 @@ def _forwarded_signals() -> Iterator[set[int]]:
 
 
 class PreemptionNotice:
-    """Notice SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 and let all ranks agree on the step at which to stop.
+    """Notice `signals` and the end of the job's time, and let all ranks agree on the step at which to stop.
 
-    A second signal, some seconds later, stops at once. A context manager; outside the main thread it notices nothing.
+    A second signal, some seconds later, stops at once. A context manager; outside the main thread it notices no signal.
+    `deadline`: when to stop unasked, in seconds since 1970.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        signals: Sequence[signal.Signals] = STOP_SIGNALS,
+        deadline: float | None = None,
+    ) -> None:
         self.session = session
+        self.signals = signals
+        self.deadline = deadline
         self.given = False
         self._since = 0.0
         self._former: dict[int, Any] = {}
@@ -247,7 +276,7 @@ class PreemptionNotice:
 
     def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            self._former = {number: signal.signal(number, self._on_signal) for number in self.signals}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -261,16 +290,20 @@ class PreemptionNotice:
             if time.monotonic() - self._since > _ONE_REQUEST_S:
                 raise KeyboardInterrupt
             return
+        self._give(signal.Signals(number).name, "; once more to leave at once")
+
+    def _give(self, reason: str, more: str = "") -> None:
         self.given, self._since = True, time.monotonic()
         if self.session.is_main:
-            name = signal.Signals(number).name
-            print(f"{name}: saving after this step, then leaving; once more to leave at once", file=sys.stderr)
+            print(f"{reason}: saving after this step, then leaving{more}", file=sys.stderr)
 
     def agreed(self) -> bool:
         """Say whether any rank had notice by its last call; every rank gets the same answer, none waits for long.
 
         The reduction asked for at one step is read at the next, when it has long arrived.
         """
+        if self.deadline is not None and time.time() >= self.deadline and not self.given:
+            self._give("the job's time is nearly up")
         if self.session.world_size == 1:
             return self.given
         if self._work is not None:

@@ -154,6 +154,8 @@ def _no_override(error: OverrideParseException, config: str) -> str:
 
 def _closest_option(error: MissingConfigException) -> str:
     missing, options = error.missing_cfg_file or "", list(error.options or [])
+    if missing.endswith("submitit_slurm"):
+        return "cluster=slurm needs the extra slurm: pip install 'effnet-train[slurm]'"
     group, _, choice = missing.rpartition("/")
     close = difflib.get_close_matches(choice, options, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'{group}={name}' for name in close)}? " if close else ""

@@ -14,6 +14,7 @@ from effnet_train.data.classes import Match
 from effnet_train.engine.checkpoint import Checkpoints
 from effnet_train.engine.every import Every
 
+StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]  # those of distributed.STOP_SIGNALS
 # The top-level keys of each command, which are no constructor's arguments. The parts check themselves by theirs.
 _SHARED: Mapping[str, Any] = {
     "data": Mapping,
@@ -35,6 +36,8 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("accumulate", "threads"), int | Literal["auto"]),
     "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
     **dict.fromkeys(("init_from", "init_source"), str | None),
+    "stop_signals": list[StopSignal],
+    "stop_before_end_s": float,
     "run_root": str,
     "name": str | int,
 }
@@ -120,7 +123,7 @@ _LEAST: Mapping[str, int] = {
         1,
     ),
     **dict.fromkeys(("min_side", "count"), 1),
-    **dict.fromkeys(("seed", "sync_bn", "workers", "step"), 0),
+    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step"), 0),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",
@@ -142,7 +145,7 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
     for key, value in config.items():
         _check_type(key, value, types[key])
         _check_parts(key, value)
-        if key in _LEAST and isinstance(value, int) and value < _LEAST[key]:
+        if key in _LEAST and isinstance(value, int | float) and value < _LEAST[key]:
             raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
     if config.get("name") == "":
         raise ValueError("name= is empty: the run needs a folder of its own in run_root")

@@ -36,6 +36,8 @@ FREE = (
     "ranks",
     "run_root",
     "save_every",
+    "stop_before_end_s",
+    "stop_signals",
     "threads",
     "workers",
 )
@@ -54,7 +56,7 @@ def run_folder(cfg: DictConfig) -> Path:
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return folder
     overrides = {text.partition("=")[0].lstrip("+~"): text.lstrip("+") for text in hydra_cfg.overrides.task}
-    said = ("debug", *(() if "name" in overrides else _IN_NAME))
+    said = ("cluster", "debug", *(() if "name" in overrides else _IN_NAME))
     told_apart = [text for key, text in overrides.items() if key not in said and not _is_free(key)]
     # Nothing in it that a shell or Hydra would read: the folder is to be given as checkpoint=.
     return folder.with_name("-".join([folder.name, *(re.sub(r"[^\w.+-]+", "_", text) for text in told_apart)]))

@@ -1,9 +1,14 @@
 """`effnet-train`: train one model as its configuration says, or go on where it stopped."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
@@ -20,6 +25,8 @@ def task(cfg: DictConfig) -> None:
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.TRAIN)
+    _check_cluster()
+    signals = [signal.Signals[name] for name in cfg.stop_signals]
     folder = run_folder.run_folder(cfg)
     device = distributed.resolve_device(cfg.device)
     if cfg.dry_run:
@@ -28,20 +35,50 @@ def task(cfg: DictConfig) -> None:
         print(describe(cfg, folder, device))
         return
     ranks = distributed.resolve_ranks(cfg.ranks, device)
-    if distributed.launched() or ranks == 1:
-        train_rank(config, str(folder), device)
-    else:
-        build.check_batch(cfg, ranks)  # here already, so that it is said once
-        distributed.launch(run_rank, "train", train_rank, config, str(folder), device, ranks=ranks)
+    try:
+        if distributed.launched() or ranks == 1:
+            train_rank(config, str(folder), device)
+        else:
+            build.check_batch(cfg, ranks)  # here already, so that it is said once
+            rank = (run_rank, "train", train_rank, config, str(folder), device)
+            distributed.launch(*rank, ranks=ranks, signals=signals)
+    except SystemExit as stop:
+        if stop.code == distributed.PREEMPTED_EXIT_CODE:
+            _requeue()
+        raise
+
+
+def _check_cluster() -> None:
+    """Raise ValueError where a cluster was chosen for a single run, which Hydra would start here in silence."""
+    hydra_cfg = HydraConfig.get()
+    cluster = hydra_cfg.runtime.choices.get("cluster", "local")
+    if cluster != "local" and hydra_cfg.mode != RunMode.MULTIRUN:
+        raise ValueError(f"cluster={cluster} submits sweeps: add -m (of one run, too), or leave cluster= away")
+
+
+def _requeue() -> None:
+    """Have submitit requeue its job, if this process is one, by the signal that it knows, which was ours till now."""
+    number = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and callable(signal.getsignal(number)):
+        signal.raise_signal(number)
 
 
 def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     """Train as one rank. Raises SystemExit(75) where a signal stopped it, with everything saved."""
+    from effnet_train import slurm
+    from effnet_train.cli.lock import locked
     from effnet_train.distributed import PREEMPTED_EXIT_CODE, PreemptionNotice, open_session
     from effnet_train.engine.faults import RollBackError
 
     cfg = OmegaConf.create(config)
-    with open_session(device) as session, PreemptionNotice(session) as notice:
+    signals = [signal.Signals[name] for name in cfg.stop_signals]
+    with (
+        open_session(device) as session,
+        PreemptionNotice(session, signals=signals) as notice,
+        locked(Path(folder), session),
+    ):
+        end = session.broadcast(slurm.end_time(os.environ) if session.is_main else None)
+        notice.deadline = slurm.stop_time(end, cfg.stop_before_end_s, time.time())
         done, fault = False, None
         while True:
             try:

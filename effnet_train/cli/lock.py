@@ -1,0 +1,241 @@
+"""One run at a time in a folder: a file that says who writes there, on file systems that machines share too."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from effnet_train import slurm
+from effnet_train.distributed import Session
+
+LOCK = ".lock"
+BEAT_S = 10.0  # the owner touches the file as often
+STALE_S = 60.0  # an owner of another machine that has not done so for so long is dead
+_LEAVING_S = 60.0  # for a rank to save and leave when its launcher is dead
+_LOOK_S = 0.2
+
+
+@contextmanager
+def locked(folder: Path, session: Session) -> Iterator[None]:
+    """Hold the run's folder for this run: rank 0 for all ranks.
+
+    Raises ValueError on rank 0, and SystemExit(2) on the others, where another process holds it; OSError where nothing
+    can be written there.
+    """
+    lock, problem = None, None
+    if session.is_main:
+        try:
+            lock = Lock(folder)
+        except (ValueError, OSError) as error:
+            problem = error
+    try:
+        if session.broadcast(problem is not None):
+            raise problem or SystemExit(2)  # said once, by rank 0
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class Lock:
+    """The file `.lock` of a folder, made by one process alone, touched every 10 s and removed at the end.
+
+    Its creation is atomic on NFS too (O_EXCL), where file locks are not to be relied on. A process that is killed
+    leaves it: on the same machine its pid tells, from another one that the file is no longer touched.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self.owner = _myself()
+        self._made_folder = not folder.exists()
+        self._released = threading.Event()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                with suppress(FileNotFoundError):  # it has just left
+                    self._wait_for_owner()
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the run's folder {folder} ({error.strerror}): choose another place with run_root=..."
+            ) from error
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the file, and the folder where this lock made it and nothing else is there."""
+        self._released.set()
+        self._thread.join(timeout=_LEAVING_S)  # it may be in a file system that does not answer
+        with suppress(OSError):
+            if (_read(self.path) or {}).get("token") == self.owner["token"]:
+                self.path.unlink()
+        if self._made_folder:
+            with suppress(OSError):
+                self.path.parent.rmdir()
+
+    def _create(self) -> bool:
+        try:
+            place = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(place, json.dumps(self.owner).encode() + b"\n")
+        finally:
+            os.close(place)
+        return True
+
+    def _wait_for_owner(self) -> None:
+        """Return once the file is gone or was stale and is removed. Raises ValueError where its owner is alive."""
+        start = time.monotonic()
+        first = _touched(self.path)
+        since = 0.0 if first is None else _now(self.path.parent) - first
+        told = False
+        while (touched := _touched(self.path)) is not None:
+            owner, waited = _read(self.path) or {}, time.monotonic() - start
+            reason = _why_dead(owner)
+            alive = _is_here(owner) and reason is None
+            if reason is None and not alive and touched == first and max(since, waited) > STALE_S:
+                reason = f"it has not been heard of for {max(since, waited):.0f} s"
+            if reason is not None:
+                self._take_over(owner, reason)
+                return
+            leaving = _is_leaving(owner) and waited < _LEAVING_S if alive else touched == first
+            if not leaving:
+                raise ValueError(_refusal(self.path, owner))
+            if not told:
+                print(
+                    f"waiting for {_name(owner)}, which holds {self.path}, to leave or to be found dead",
+                    file=sys.stderr,
+                )
+                told = True
+            time.sleep(_LOOK_S)
+
+    def _take_over(self, owner: dict[str, Any], reason: str) -> None:
+        # Two may come at once: only one of them can rename the file, and who got another's gives it back.
+        aside = self.path.with_name(f"{LOCK}.{self.owner['token']}")
+        with suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            if (_read(aside) or {}).get("token") == owner.get("token"):
+                print(f"{self.path} is stale, {_name(owner)}: {reason}; taking over", file=sys.stderr)
+            else:
+                with suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                owner = _read(self.path)
+                if owner is None or owner.get("token") == self.owner["token"]:
+                    os.utime(self.path)
+                    continue
+            except FileNotFoundError:
+                with suppress(OSError):
+                    self._create()
+                continue
+            except OSError:  # a file system that is away for a while: checkpoints will say so
+                continue
+            # This process had slept so long that another took it for dead: two must not write.
+            print(f"{self.path} was taken over by {_name(owner)}: leaving at once", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "started": _started(os.getpid()),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "slurm": slurm.job(os.environ),
+    }
+
+
+def _machine() -> str:
+    """Return what tells where process ids mean the same: this start of the kernel, this container's view of it."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third on (state, parent, ...), or none: no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, in ticks since the machine was, or None where it lives no more."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else None
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return owner.get("machine") == _machine()
+
+
+def _is_leaving(owner: dict[str, Any]) -> bool:
+    """Say whether the owner's launcher is dead, which its ranks notice and leave."""
+    fields = _stat(owner["pid"])
+    return not fields or int(fields[1]) != owner["parent"]
+
+
+def _why_dead(owner: dict[str, Any]) -> str | None:
+    """Return why the owner can be alive no more, or None where that cannot be told."""
+    if _is_here(owner) and _started(owner["pid"]) != owner["started"]:
+        return "that process is dead"
+    mine, others = slurm.job(os.environ), owner.get("slurm")
+    if mine and others and mine != others and mine.partition(".")[0] == others.partition(".")[0]:
+        return "that job was requeued, and this is it"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the owner; None where the file is not written yet, or not by us."""
+    try:
+        owner = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _touched(path: Path) -> float | None:
+    # Opened, as a file's times may come out of NFS's cache otherwise.
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _now(folder: Path) -> float:
+    """Return the time by the clock of the file system, which another machine may keep."""
+    probe = folder / f"{LOCK}.{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _name(owner: dict[str, Any]) -> str:
+    if "pid" not in owner:
+        return "an unknown process"
+    job = f", SLURM job {owner['slurm'].partition('.')[0]}" if owner.get("slurm") else ""
+    return f"process {owner['pid']} on {owner['host']}{job}, since {owner['since']}"
+
+
+def _refusal(path: Path, owner: dict[str, Any]) -> str:
+    return (
+        f"the folder {path.parent} is being written by {_name(owner)}: wait for it or stop it, "
+        f"or give name=... for a folder of its own ({path} goes with that process)"
+    )

@@ -1,0 +1,124 @@
+"""A real SLURM on this machine: controller and two nodes, started by the tests and ended with them.
+
+It needs Debian's slurm-wlm and munge, and root, as whom the daemons run here.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from .test_resume import same, state
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
+TINY = ("recipe=demo", "device=cpu", "model.width=0.25", "batch_size=48", "loggers=none", "run_root=runs")
+# Names of nodes must lead to them, and several on one machine must not be its own.
+NODES = ("127.0.0.2", "127.0.0.3")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port0}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2
+NodeName=127.0.0.3 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start a cluster of two nodes; give the environment in which its commands find it."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name, path="/usr/sbin:/sbin") is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of this test's SLURM run as root, which these tests do not")
+    folder = tmp_path_factory.mktemp("slurm")
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    folder.chmod(0o755)
+    with ExitStack() as sockets:
+        held = [sockets.enter_context(closing(socket.create_server(("127.0.0.1", 0)))) for _ in range(3)]
+        ports = {f"port{number}": each.getsockname()[1] for number, each in enumerate(held)}
+    host = socket.gethostname().partition(".")[0]
+    conf = folder / "slurm.conf"
+    conf.write_text(CONFIG.format(folder=folder, host=host, **ports))
+    environment = {**os.environ, "SLURM_CONF": str(conf), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}:/usr/sbin"
+    own = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    daemons = [
+        # Its folder is the test runner's, not one that only root can write to, as it asks for.
+        ["munged", "--force", "--foreground", f"--socket={folder}/munge.socket", *own],
+        ["slurmctld", "-D"],
+        *(["slurmd", "-D", "-N", node] for node in NODES),
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for daemon in daemons:
+            running.append(
+                subprocess.Popen(
+                    daemon, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+                )
+            )
+            time.sleep(1)
+        wait(lambda: ask(environment, "sinfo", "-h", "-o", "%T", "-p", "all") == "idle", 60)
+        yield environment
+    finally:
+        ask(environment, "scancel", "--user=root")
+        for process in reversed(running):
+            process.terminate()
+        for process in running:
+            process.wait(30)
+
+
+def ask(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def wait(condition: Callable[[], bool], seconds: float, what: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.1)
+
+
+def srun(cluster: dict[str, str], folder: Path, *arguments: str, nodes: int = 2) -> "subprocess.CompletedProcess[str]":
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "effnet-train", *TINY, *arguments]
+    return subprocess.run(command, cwd=folder, env=cluster, capture_output=True, text=True, timeout=300)
+
+
+def test_tasks_of_srun_are_ranks(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Two tasks on two nodes compute what two ranks of our own launcher do."""
+    done = srun(cluster, tmp_path, "name=srun", "max_steps=6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: 6 steps") == 1
+    alone = ["effnet-train", *TINY, "name=alone", "max_steps=6", "ranks=2"]
+    subprocess.run(alone, cwd=tmp_path, env=cluster, check=True, capture_output=True, timeout=300)
+    assert same(state(tmp_path / "runs/srun", 6)["model"], state(tmp_path / "runs/alone", 6)["model"])
