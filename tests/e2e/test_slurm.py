@@ -122,3 +122,118 @@ def test_tasks_of_srun_are_ranks(cluster: dict[str, str], tmp_path: Path) -> Non
     alone = ["effnet-train", *TINY, "name=alone", "max_steps=6", "ranks=2"]
     subprocess.run(alone, cwd=tmp_path, env=cluster, check=True, capture_output=True, timeout=300)
     assert same(state(tmp_path / "runs/srun", 6)["model"], state(tmp_path / "runs/alone", 6)["model"])
+
+
+PARTS = ("max_steps=40", "save_every.steps=10", "save_every.epochs=null")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of two ranks that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = srun(cluster, folder, "name=whole", *PARTS)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs/whole"
+
+
+def submit(cluster: dict[str, str], folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
+    here = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30", "-o", "log")
+    script = str(SCRIPTS / "many_nodes.sbatch")
+    command = ["sbatch", "--parsable", *here, *options, script, *TINY, *arguments]
+    return subprocess.run(command, cwd=folder, env=cluster, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def job(cluster: dict[str, str], number: str) -> str:
+    return ask(cluster, "scontrol", "show", "job", number, "--oneliner")
+
+
+def go_on(cluster: dict[str, str], number: str) -> None:
+    """Wait until a job was requeued, and have it start at once: SLURM would wait for two minutes."""
+    wait(lambda: "Restarts=1" in job(cluster, number) and "JobState=PENDING" in job(cluster, number), 120)
+    ask(cluster, "scontrol", "update", f"JobId={number}", "StartTime=now")
+
+
+def has_ended(cluster: dict[str, str], number: str) -> bool:
+    return any(f"JobState={word}" in job(cluster, number) for word in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+
+
+def test_a_signal_before_the_end_requeues_the_job(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
+    number = submit(cluster, tmp_path, "name=parts", *PARTS)
+    log = tmp_path / "log"
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: log.read_text())
+    ask(cluster, "scancel", "--signal=USR1", number)
+    go_on(cluster, number)
+    wait(lambda: has_ended(cluster, number), 240, lambda: job(cluster, number))
+    assert "JobState=COMPLETED" in job(cluster, number), log.read_text()
+    assert "the same command goes on" in log.read_text()
+    assert same(state(whole, 40), state(tmp_path / "runs/parts", 40))
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: dict[str, str], tmp_path: Path) -> None:
+    number = submit(cluster, tmp_path, "name=parts", *PARTS)
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: (tmp_path / "log").read_text())
+    ask(cluster, "scancel", number)
+    wait(lambda: has_ended(cluster, number), 60, lambda: job(cluster, number))
+    time.sleep(5)
+    assert "JobState=CANCELLED" in job(cluster, number)
+    assert "Restarts=0" in job(cluster, number)
+
+
+def test_a_job_stops_before_its_time_is_up(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Without a signal: this SLURM is asked when the job ends."""
+    number = submit(cluster, tmp_path, "name=parts", "stop_before_end_s=40", options=("--time=1", "--signal=USR1@1"))
+    log = tmp_path / "log"
+    wait(lambda: "Restarts=1" in job(cluster, number), 120, lambda: job(cluster, number))
+    assert "the job's time is nearly up: saving after this step" in log.read_text()
+    ask(cluster, "scancel", number)
+
+
+def test_a_sweep_through_submitit(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
+    """Two runs, a job each of two tasks; one is signalled, requeued, and goes on in its folder."""
+    options = ("cluster=slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=30", "seed=0,1", "name=s")
+    sweep = subprocess.Popen(
+        ["effnet-train", "-m", *TINY, *PARTS, *options],
+        cwd=tmp_path,
+        env=cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    first, second = tmp_path / "runs/s-seed_0", tmp_path / "runs/s-seed_1"
+    wait((first / "step_000000010.pt").exists, 120)
+    number = ask(cluster, "squeue", "-h", "-t", "R", "-o", "%A").split()[0]
+    ask(cluster, "scancel", "--signal=USR2", number)
+    go_on(cluster, number)
+    output, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, output
+    assert same(state(whole, 40), state(first, 40))
+    assert (second / "summary.json").exists()
+
+
+def test_a_preempted_job_is_requeued(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
+    """By a job of a partition that goes before: SLURM sends SIGTERM and gives it a minute."""
+    number = submit(cluster, tmp_path, "name=parts", *PARTS, options=("--exclusive",))
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: (tmp_path / "log").read_text())
+    urgent = ["srun", "--partition=urgent", "--nodes=2", "--exclusive", "true"]
+    subprocess.run(urgent, env=cluster, check=True, capture_output=True, timeout=120)
+    go_on(cluster, number)
+    wait(lambda: has_ended(cluster, number), 240, lambda: job(cluster, number))
+    assert "JobState=COMPLETED" in job(cluster, number), (tmp_path / "log").read_text()
+    assert same(state(whole, 40), state(tmp_path / "runs/parts", 40))
+
+
+def test_a_cancelled_run_of_a_sweep_stays_cancelled(cluster: dict[str, str], tmp_path: Path) -> None:
+    options = ("cluster=slurm", "hydra.launcher.timeout_min=30", "seed=0", "name=s")
+    command = ["effnet-train", "-m", *TINY, *PARTS, *options]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as sweep:
+        try:
+            wait((tmp_path / "runs/s-seed_0/step_000000010.pt").exists, 120)
+            number = ask(cluster, "squeue", "-h", "-t", "R", "-o", "%A").split()[0]
+            ask(cluster, "scancel", number)
+            wait(lambda: has_ended(cluster, number), 60, lambda: job(cluster, number))
+            time.sleep(5)
+            assert "Restarts=0" in job(cluster, number)
+        finally:
+            sweep.kill()
