@@ -42,7 +42,7 @@ def assert_arguments_accepted(config: dict[str, Any]) -> int:
     return len(found)
 
 
-GROUPS = ("data", "augment", "optim", "schedule", "loggers", "debug")
+GROUPS = ("data", "augment", "optim", "schedule", "loggers", "debug", "cluster")
 MODELS = options("model")
 TURNS = max(len(options(group)) for group in ("model", *GROUPS))
 

@@ -60,9 +60,14 @@ def test_held_refused_and_after_a_kill_taken_over_at_once(tmp_path: Path, capsys
 
 def test_released_at_an_error_and_the_folder_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(KeyError), locked(tmp_path, Session()):
-        assert (tmp_path / ".lock").exists()
-        raise KeyError
+
+    def fail() -> None:
+        with locked(tmp_path, Session()):
+            assert (tmp_path / ".lock").exists()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert os.listdir(tmp_path) == ["config.yaml"]
     Lock(tmp_path / "new" / "run").release()  # a run that was refused before it began leaves no folder
     assert os.listdir(tmp_path / "new") == []
@@ -91,7 +96,7 @@ def test_another_machines_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     beat = f"import os, time; time.sleep(0.4); os.utime({str(tmp_path / '.lock')!r})"
     with (
         subprocess.Popen([sys.executable, "-c", beat]),
-        pytest.raises(ValueError, match="written by .* on other, since"),
+        pytest.raises(ValueError, match=r"written by .* on other, since"),
     ):
         Lock(tmp_path)
 

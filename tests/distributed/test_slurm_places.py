@@ -1,4 +1,4 @@
-"""What SLURM's variables mean: values that srun of SLURM 22.05 set, and node lists as `scontrol show hostnames` reads them."""
+"""What SLURM's variables mean: values as srun of SLURM 22.05 sets them, lists as `scontrol show hostnames` reads them."""
 
 import signal
 import stat

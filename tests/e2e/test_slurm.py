@@ -124,6 +124,7 @@ def test_tasks_of_srun_are_ranks(cluster: dict[str, str], tmp_path: Path) -> Non
     assert same(state(tmp_path / "runs/srun", 6)["model"], state(tmp_path / "runs/alone", 6)["model"])
 
 
+SWEPT = "s-recipe_demo-model.width_0.25-batch_size_48-seed_{}"
 PARTS = ("max_steps=40", "save_every.steps=10", "save_every.epochs=null")
 
 
@@ -160,7 +161,7 @@ def has_ended(cluster: dict[str, str], number: str) -> bool:
 def test_a_signal_before_the_end_requeues_the_job(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
     number = submit(cluster, tmp_path, "name=parts", *PARTS)
     log = tmp_path / "log"
-    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: log.read_text())
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, log.read_text)
     ask(cluster, "scancel", "--signal=USR1", number)
     go_on(cluster, number)
     wait(lambda: has_ended(cluster, number), 240, lambda: job(cluster, number))
@@ -171,7 +172,7 @@ def test_a_signal_before_the_end_requeues_the_job(cluster: dict[str, str], tmp_p
 
 def test_a_cancelled_job_stays_cancelled(cluster: dict[str, str], tmp_path: Path) -> None:
     number = submit(cluster, tmp_path, "name=parts", *PARTS)
-    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: (tmp_path / "log").read_text())
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, (tmp_path / "log").read_text)
     ask(cluster, "scancel", number)
     wait(lambda: has_ended(cluster, number), 60, lambda: job(cluster, number))
     time.sleep(5)
@@ -199,7 +200,7 @@ def test_a_sweep_through_submitit(cluster: dict[str, str], tmp_path: Path, whole
         stderr=subprocess.STDOUT,
         text=True,
     )
-    first, second = tmp_path / "runs/s-seed_0", tmp_path / "runs/s-seed_1"
+    first, second = tmp_path / "runs" / SWEPT.format(0), tmp_path / "runs" / SWEPT.format(1)
     wait((first / "step_000000010.pt").exists, 120)
     number = ask(cluster, "squeue", "-h", "-t", "R", "-o", "%A").split()[0]
     ask(cluster, "scancel", "--signal=USR2", number)
@@ -213,7 +214,7 @@ def test_a_sweep_through_submitit(cluster: dict[str, str], tmp_path: Path, whole
 def test_a_preempted_job_is_requeued(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
     """By a job of a partition that goes before: SLURM sends SIGTERM and gives it a minute."""
     number = submit(cluster, tmp_path, "name=parts", *PARTS, options=("--exclusive",))
-    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, lambda: (tmp_path / "log").read_text())
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, (tmp_path / "log").read_text)
     urgent = ["srun", "--partition=urgent", "--nodes=2", "--exclusive", "true"]
     subprocess.run(urgent, env=cluster, check=True, capture_output=True, timeout=120)
     go_on(cluster, number)
@@ -229,7 +230,7 @@ def test_a_cancelled_run_of_a_sweep_stays_cancelled(cluster: dict[str, str], tmp
         command, cwd=tmp_path, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as sweep:
         try:
-            wait((tmp_path / "runs/s-seed_0/step_000000010.pt").exists, 120)
+            wait((tmp_path / "runs" / SWEPT.format(0) / "step_000000010.pt").exists, 120)
             number = ask(cluster, "squeue", "-h", "-t", "R", "-o", "%A").split()[0]
             ask(cluster, "scancel", number)
             wait(lambda: has_ended(cluster, number), 60, lambda: job(cluster, number))
