@@ -182,7 +182,8 @@ def _known_keys(config: str) -> list[str]:
     """Return the groups and the dotted keys of the default configuration."""
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(config), resolve=False)
-    return _groups() + list(_flatten(composed))
+    groups = [group for group in _groups() if group != "cluster" or config == "train"]
+    return groups + list(_flatten(composed))
 
 
 def _groups() -> list[str]:

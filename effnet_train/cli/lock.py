@@ -55,7 +55,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self.owner = _myself()
-        self._made_folder = not folder.exists()
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self._released = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,15 +70,15 @@ class Lock:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the file, and the folder where this lock made it and nothing else is there."""
+        """Remove the file, and the folders where this lock made them and nothing else is there."""
         self._released.set()
         self._thread.join(timeout=_LEAVING_S)  # it may be in a file system that does not answer
         with suppress(OSError):
             if (_read(self.path) or {}).get("token") == self.owner["token"]:
                 self.path.unlink()
-        if self._made_folder:
-            with suppress(OSError):
-                self.path.parent.rmdir()
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def _create(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What SLURM's variables mean: values as srun of SLURM 22.05 sets them, lists as `scontrol show hostnames` reads them."""
+"""SLURM's variables: values as srun of 22.05 sets them, node lists as `scontrol show hostnames` reads them."""
 
 import signal
 import stat
