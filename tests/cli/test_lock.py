@@ -70,7 +70,7 @@ def test_released_at_an_error_and_the_folder_left_as_it_was(tmp_path: Path) -> N
         fail()
     assert os.listdir(tmp_path) == ["config.yaml"]
     Lock(tmp_path / "new" / "run").release()  # a run that was refused before it began leaves no folder
-    assert os.listdir(tmp_path / "new") == []
+    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_a_process_id_that_another_process_has_by_now_is_dead(tmp_path: Path) -> None:
