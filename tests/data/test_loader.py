@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from effnet_train.data.datasets import Data, image_folders
 from effnet_train.data.loader import DataError, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
+from effnet_train.distributed import STOP_SIGNALS
 
 PREPROCESS = Preprocess(16)
 MORE_WORKERS_THAN_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -304,3 +307,17 @@ def test_skipped_images_are_listed_once(tmp_path):
     whole = numbers(6)
     list(listing(eval_batches(whole.val, whole, batch_size=4), tmp_path / "none.txt"))
     assert not (tmp_path / "none.txt").exists()
+
+
+def test_workers_are_born_with_requests_to_stop_blocked() -> None:
+    """All of them: a scheduler sends SIGTERM to every process of a job. In a fresh process, as servers start once."""
+    program = (
+        "import multiprocessing.forkserver as server, pathlib\n"
+        "from effnet_train.data import loader\n"
+        "loader._worker_context()\n"
+        "status = pathlib.Path(f'/proc/{server._forkserver._forkserver_pid}/status').read_text()\n"
+        "print(status.partition('SigBlk:')[2].split()[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    blocked = int(done.stdout, 16)
+    assert [number.name for number in STOP_SIGNALS if not blocked >> (number - 1) & 1] == []

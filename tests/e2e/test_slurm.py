@@ -150,7 +150,11 @@ def job(cluster: dict[str, str], number: str) -> str:
 
 def go_on(cluster: dict[str, str], number: str) -> None:
     """Wait until a job was requeued, and have it start at once: SLURM would wait for two minutes."""
-    wait(lambda: "Restarts=1" in job(cluster, number) and "JobState=PENDING" in job(cluster, number), 120)
+    wait(
+        lambda: "Restarts=1" in job(cluster, number) and "JobState=PENDING" in job(cluster, number),
+        120,
+        lambda: job(cluster, number),
+    )
     ask(cluster, "scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
