@@ -179,11 +179,13 @@ def _closest_key(text: str, config: str) -> str:
 
 
 def _known_keys(config: str) -> list[str]:
-    """Return the groups and the dotted keys of the default configuration."""
+    """Return the groups and the dotted keys of a command's default configuration."""
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = OmegaConf.to_container(hydra.compose(config), resolve=False)
-    groups = [group for group in _groups() if group != "cluster" or config == "train"]
-    return groups + list(_flatten(composed))
+        composed = hydra.compose(config, return_hydra_config=True)
+    groups = {choice.partition("@")[0] for choice in composed.hydra.runtime.choices}
+    keys: Any = OmegaConf.to_container(composed, resolve=False)
+    del keys["hydra"]
+    return [group for group in _groups() if group in groups] + list(_flatten(keys))
 
 
 def _groups() -> list[str]:

@@ -55,7 +55,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self.owner = _myself()
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
         self._released = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,13 @@ class Lock:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the file, and the folders where this lock made them and nothing else is there."""
+        """Remove the file, and those folders that this lock made and that are empty."""
         self._released.set()
         self._thread.join(timeout=_LEAVING_S)  # it may be in a file system that does not answer
         with suppress(OSError):
             if (_read(self.path) or {}).get("token") == self.owner["token"]:
                 self.path.unlink()
-        with suppress(OSError):
+        with suppress(OSError):  # a run that was refused before it began leaves nothing
             for folder in self._made:
                 folder.rmdir()
 
