@@ -2,12 +2,13 @@
 
 import difflib
 import errno
+import itertools
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
     """
 
     def main() -> None:
+        _check_unfolded(sys.argv[1:])
         # With this set Hydra raises its errors instead of printing them: we print them, with the closest names.
         traceback_wanted = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -61,6 +63,17 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
             raise SystemExit(128 + signal.SIGINT) from None
 
     return main
+
+
+def _check_unfolded(words: Sequence[str]) -> None:
+    """Refuse names of shards that a shell has made of braces without quotes: only the last would be read."""
+    for one, other in itertools.pairwise(words):
+        key = one.partition("=")[0]
+        if key in ("data.train", "data.val") and other.startswith(f"{key}=") and one != other:
+            fail(
+                f"{one} {other}: {key} is given twice. Where the shell has made it so of braces, quote them twice: "
+                f"\"{key}='train-{{0000..0146}}.tar'\""
+            )
 
 
 @contextmanager
@@ -99,7 +112,7 @@ def user_message(error: BaseException, config: str) -> str | None:
     if isinstance(error, MissingConfigException):
         return _closest_option(error)
     if isinstance(error, ConfigCompositionException):
-        return _closest_key(str(error), config)
+        return _closest_key(str(error), str(error.__cause__), config)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: give {error.full_key}=... on the command line"
     if isinstance(error, InstantiationException):
@@ -162,11 +175,13 @@ def _closest_option(error: MissingConfigException) -> str:
     return f"{group}={choice} is not known: {hint}The choices are {', '.join(options)}"
 
 
-def _closest_key(text: str, config: str) -> str:
+def _closest_key(text: str, cause: str, config: str) -> str:
     found = re.search(r"Could not override '([^']+)'", text)
     if not found:
         return text.strip()
-    key = found[1].split("@")[0]
+    # Of a value that holds keys, the cause tells which is wrong.
+    inner = re.search(r"is not in struct\s+full_key: (\S+)", cause)
+    key = (inner[1] if inner and inner[1].startswith(f"{found[1]}.") else found[1]).split("@")[0]
     names = _known_keys(config)
     if key in names:
         return f"{key} is not a key of this configuration: one of the groups chosen has none, see --cfg job"

@@ -14,6 +14,7 @@ from torch import nn
 from effnet_train.analysis.complexity import training_memory
 from effnet_train.cli.app import CONFIG_DIR
 from effnet_train.data.datasets import Data
+from effnet_train.data.manifest import check_whole
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import Weights, load_weights
 from effnet_train.engine.every import Every
@@ -36,9 +37,14 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def build_data(cfg: DictConfig | Mapping[str, Any], session: Session) -> Data:
-    """Build the data set; rank 0 first, which may download or write it."""
+def build_data(cfg: DictConfig | Mapping[str, Any], session: Session, *, whole: bool = True) -> Data:
+    """Build the data set; rank 0 first, which may download or write it.
+
+    Raises ValueError where `whole` is asked for and a conversion has not ended, or has lost a shard since.
+    """
     with session.main_first():
+        if whole:
+            check_whole(str(cfg["root"]), {key: cfg[key] for key in ("train", "val") if isinstance(cfg.get(key), str)})
         return instantiate(cfg, _convert_="all")
 
 

@@ -123,7 +123,7 @@ _LEAST: Mapping[str, int] = {
         1,
     ),
     **dict.fromkeys(("min_side", "count"), 1),
-    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step"), 0),
+    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index"), 0),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",
@@ -198,7 +198,9 @@ def _check_type(key: str, value: object, hint: Any) -> None:
     plain = Mapping if is_dataclass(hint) else hint
     if not _fits(value, plain):
         shown = "null" if value is None else repr(value)
-        raise ValueError(f"{key}={shown} must be {' or '.join(dict.fromkeys(_words(plain)))}")
+        words = list(dict.fromkeys(_words(plain)))
+        example = f": give {key}=[{value}]" if words == [_WORDS[list]] and isinstance(value, str | int | float) else ""
+        raise ValueError(f"{key}={shown} must be {' or '.join(words)}{example}")
     if is_dataclass(hint):
         assert isinstance(value, Mapping)
         assert isinstance(hint, type)

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.outputs import check_file, check_folder, writing
 
 _PROBLEMS_EXIT_CODE = 1
+_DRAWN = (".png", ".svg", ".pdf")
 # What does not make other images of a data set: where they lie, how they are read.
 _ASIDE = ("root", "cache", "shard_cache", "backend", "on_error", "preprocess", "minival", "expected")
 
@@ -47,7 +50,7 @@ def verify(cfg: DictConfig) -> None:
     Raises SystemExit(1) where there are problems.
     """
     from effnet_train.cli import check
-    from effnet_train.data.prepare import damaged
+    from effnet_train.data.manifest import damaged
     from effnet_train.data.verify import KINDS, NOTES, report_lines
     from effnet_train.data.verify import verify as read_all
 
@@ -58,9 +61,9 @@ def verify(cfg: DictConfig) -> None:
         problems = [kind for kind in KINDS if kind not in NOTES]
         raise ValueError(f"ignore={wrong[0]} is no kind of problem: choose among {', '.join(problems)}")
     if config["report"]:
-        _check_folder_of("report", Path(config["report"]))
+        check_file("report", Path(config["report"]))
     expected = config["data"].get("expected")
-    splits = _splits(config["data"])
+    splits = _splits(config["data"], whole=False)  # what is missing is for the report to tell
     report = read_all(
         splits, expected=expected, min_side=config["min_side"], workers=_workers(config["workers"], splits)
     )
@@ -68,9 +71,9 @@ def verify(cfg: DictConfig) -> None:
         report["problems"] = {"damaged": damage} | report["problems"]
     for kind in config["ignore"]:
         report["notes"] |= {kind: report["problems"].pop(kind)} if kind in report["problems"] else {}
-    if config["report"]:
-        Path(config["report"]).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(report_lines(report)))
+    if config["report"]:
+        _write_json("report", Path(config["report"]), report)
     if report["problems"]:
         raise SystemExit(_PROBLEMS_EXIT_CODE)
 
@@ -84,9 +87,9 @@ def stats(cfg: DictConfig) -> None:
 
     config = _plain(cfg, resolution=cfg.resolution)
     check.check_config(config, check.DATA_STATS)
-    for key in ("output", "picture"):
+    for key, suffixes in (("output", ()), ("picture", _DRAWN)):
         if config[key]:
-            _check_folder_of(key, Path(config[key]))
+            check_file(key, Path(config[key]), suffixes)
     splits = _splits(config["data"])
     if config["split"] not in splits:
         raise ValueError(f"split={config['split']} has no images: choose {' or '.join(splits)}")
@@ -94,11 +97,12 @@ def stats(cfg: DictConfig) -> None:
     arguments = {key: value for key, value in config["data"]["preprocess"].items() if key != "_target_"}
     workers = _workers(config["workers"], {"": source})
     found, table = measure(source, Preprocess(**arguments), count=config["count"], workers=workers)
-    if config["output"]:
-        Path(config["output"]).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if config["picture"]:
-        histograms(table, found, Path(config["picture"]))
     print("\n".join(statistics_lines(found)))
+    if config["output"]:
+        _write_json("output", Path(config["output"]), found)
+    if config["picture"]:
+        with writing("picture", Path(config["picture"])):
+            histograms(table, found, Path(config["picture"]))
 
 
 def show(cfg: DictConfig) -> None:
@@ -111,9 +115,7 @@ def show(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.DATA_SHOW)
     output = Path(config["output"])
-    _check_folder_of("output", output)
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"output={output} must end in .png, .jpg or .webp")
+    check_file("output", output, (".png", ".jpg", ".webp"))
     data = build.build_data(config["data"], Session())
     images, labels = _samples(config, data)
     names = readable_names(data.classes)
@@ -122,7 +124,9 @@ def show(cfg: DictConfig) -> None:
         f"{len(data.train):,} training images of {len(data.classes):,} classes, at {size} x {size}: seed "
         f"{config['seed']}, batches of {config['batch_size']:,} from step {config['step']:,} on"
     )
-    contact_sheet(images, [names[label] for label in labels], title).save(output)
+    sheet = contact_sheet(images, [names[label] for label in labels], title)
+    with writing("output", output):
+        sheet.save(output)
     print(f"{output}: {len(images)} samples, {title}")
 
 
@@ -162,8 +166,11 @@ def _write(cfg: DictConfig) -> None:
     check.check_config(config, check.DATA_WRITE)
     options = Options(**{field.name: config[field.name] for field in fields(Options)})
     data, output = config["data"], Path(config["output"])
+    check_folder("output", output)
     with _told_when_stopped():
         splits = _splits(data, expected=data.get("expected"))
+        with writing("output", output):
+            output.mkdir(parents=True, exist_ok=True)
         manifest = write(
             splits,
             output,
@@ -173,7 +180,16 @@ def _write(cfg: DictConfig) -> None:
             workers=_workers(config["workers"], splits),
         )
     print("\n".join(summary_lines(output, manifest)))
-    print(f"{output}: data={options.to} data.root={output}")
+    print(f"{output}: {_words_to_read(options.to, output, splits)}")
+
+
+def _words_to_read(to: str, output: Path, splits: Collection[str]) -> str:
+    """Return what a shell takes to read what was written: of train and val, or of val alone, to evaluate on."""
+    words = [f"data={to}", f"data.root={output}"]
+    if "train" not in splits:
+        alone = ["data=eval_folder", f"data.root={output / 'val'}"]
+        words = alone if to == "folder" else [*words, "data.train=val-*.tar"]
+    return shlex.join(words)
 
 
 @contextmanager
@@ -205,13 +221,16 @@ def _plain(cfg: DictConfig, *, resolution: int) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "model"}
 
 
-def _splits(data: Mapping[str, Any], expected: Mapping[str, int] | None = None) -> dict[str, Any]:
+def _splits(
+    data: Mapping[str, Any], *, expected: Mapping[str, int] | None = None, whole: bool = True
+) -> dict[str, Any]:
     """Build the data set's train and val, whole; where `expected` is None, however many images they hold."""
     from effnet_train.cli import build
     from effnet_train.distributed import Session
 
-    whole = {"expected": expected, "minival": 0}
-    built = build.build_data({**data, **{key: value for key, value in whole.items() if key in data}}, Session())
+    all_of_it = {"expected": expected, "minival": 0}
+    given = {**data, **{key: value for key, value in all_of_it.items() if key in data}}
+    built = build.build_data(given, Session(), whole=whole)
     return {name: source for name, source in (("train", built.train), ("val", built.val)) if len(source)}
 
 
@@ -223,9 +242,9 @@ def _workers(workers: int | str, splits: Mapping[str, Any]) -> int:
     return 0 if few else len(os.sched_getaffinity(0))
 
 
-def _check_folder_of(key: str, path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
+def _write_json(key: str, path: Path, found: object) -> None:
+    with writing(key, path):
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 JOBS: Mapping[str, Callable[[DictConfig], None]] = {

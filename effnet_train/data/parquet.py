@@ -67,7 +67,10 @@ def _names_beside(place: str, file: str, chosen: Mapping[str, str], count: int) 
     if names == tuple(map(str, range(count))):
         names = described_classes(place, file, columns(file, chosen).label) or names
     if len(names) < count:
-        raise ValueError(f"{place}/README.md names {len(names)} classes, the labels go up to {count - 1}")
+        raise ValueError(
+            f"{place}/README.md names {len(names)} classes, the labels go up to {count - 1}: give all names in a "
+            "classes.txt there, one a line"
+        )
     return names
 
 

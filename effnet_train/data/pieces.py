@@ -14,6 +14,7 @@ from effnet_train.data.order import permutation
 
 FORMATS = ("folder", "shards")
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+_SUFFIXES = {"PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "PPM": ".ppm", "TIFF": ".tif"}
 FOLDER_PIECE = 500  # images
 
 
@@ -63,6 +64,15 @@ class Piece(NamedTuple):
     def name(self) -> str:
         """Return what the manifest and the shard's file call it."""
         return f"{self.split}-{self.number:06d}"
+
+
+def suffix_of(data: bytes) -> str:
+    """Return the suffix of a file of an encoded image; `.jpg` where it is of no kind that has one here."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _SUFFIXES.get(image.format or "", ".jpg")
+    except Exception:  # what it is, whoever decodes it will tell
+        return ".jpg"
 
 
 def shrink(data: bytes | Image.Image, options: Options) -> bytes | None:

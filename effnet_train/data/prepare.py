@@ -1,5 +1,6 @@
 """Write a data set's images as shards or folders, in pieces: what was finished is not done again."""
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -9,7 +10,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -17,13 +18,23 @@ from typing import IO, Any
 from PIL import Image
 
 from effnet_train.data.decode import DecodeError
+from effnet_train.data.manifest import MANIFEST
 from effnet_train.data.parallel import map_ordered
-from effnet_train.data.pieces import Options, Piece, cut, member, member_size, padded, shrink, starts_by_bytes
+from effnet_train.data.pieces import (
+    Options,
+    Piece,
+    cut,
+    member,
+    member_size,
+    padded,
+    shrink,
+    starts_by_bytes,
+    suffix_of,
+)
 from effnet_train.data.shard_layout import index_bytes, index_name
 from effnet_train.data.sources import IMAGE_SUFFIXES, Source
 from effnet_train.data.tar_index import Entry
 
-MANIFEST = "manifest.json"
 _VERSION = 2
 _SIZED = 100  # images whose sizes are found out at a time
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -56,7 +67,7 @@ def write(
     }
     output.mkdir(parents=True, exist_ok=True)
     writer = _Writer(splits, output, options, on_error)
-    with _locked(output), _nothing_unfinished(output):
+    with _locked(output), _full_disk_named(output), _nothing_unfinished(output):
         manifest = _started(output, wanted)
         if options.to == "shards" and options.megabytes is not None and "starts" not in manifest:
             manifest["starts"] = {name: _starts(writer, name, workers) for name in splits}
@@ -72,6 +83,17 @@ def write(
         manifest["complete"] = True
         _replace(output / MANIFEST, _json(manifest))
     return manifest
+
+
+@contextmanager
+def _full_disk_named(output: Path) -> Iterator[None]:
+    """Name the folder in the error of a full disk, which writing to a file gives without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 @contextmanager
@@ -180,6 +202,8 @@ class _Writer:
         """Return what to write, and the suffix of a file of it."""
         small = shrink(data, self.options) if self.options.resize is not None else None
         suffix = os.path.splitext(name)[1]
+        if isinstance(data, bytes) and suffix.lower() not in IMAGE_SUFFIXES:  # a row of a table, say
+            suffix = suffix_of(data)
         if small is not None:
             return small, suffix if suffix.lower() in _JPEG_SUFFIXES else ".jpg"
         if isinstance(data, bytes):
@@ -230,8 +254,8 @@ class _Writer:
 
 
 def _file_name(name: str, index: int, suffix: str) -> str:
-    """Return the file name in a source's name of an image: behind folders, and behind an archive's name."""
-    last = re.split(r"/|\.tar:", name)[-1]
+    """Return the file name in a source's name of an image: behind folders, an archive's name, a parquet file's row."""
+    last = re.split(r"/|\.tar:|\.parquet:row \d+, ", name)[-1]
     stem, former = os.path.splitext(last)
     return f"{stem}{suffix}" if former.lower() in IMAGE_SUFFIXES else f"{index:06d}{suffix}"
 
@@ -353,30 +377,6 @@ def _check_every_file(output: Path, manifest: Mapping[str, Any]) -> None:
                 f"output={output}: {written:,} images of {split} have become {found:,} files: where two images of a "
                 "class have the same name, to=shards keeps both; else something else changes this folder"
             )
-
-
-def damaged(folder: Path) -> list[str]:
-    """Return what differs from the manifest in a folder of shards, a line each; none where there is no manifest."""
-    found: list[str] = []
-    manifest: dict[str, Any] = {"complete": True, "pieces": {}}
-    with suppress(FileNotFoundError, NotADirectoryError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not manifest["complete"]:
-        found.append(f"{folder / MANIFEST}: not complete: run the same effnet-data again, which goes on")
-    for record in manifest["pieces"].values():
-        if "file" in record:
-            file = folder / record["file"]
-            for name, digest in ((file, record["sha256"]), (Path(index_name(str(file))), record["index_sha256"])):
-                if not name.is_file():
-                    found.append(f"{name}: missing")
-                elif _sha256(name) != digest:
-                    found.append(f"{name}: not what was written")
-    return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def summary_lines(output: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,6 +104,20 @@ def test_show_pictures_what_a_run_sees(cli: Cli, compose: Callable[..., Any], fe
         ("convert data=folder data.root=DIGITS output=o to=zip", "to=zip is not known: use folder or shards"),
         ("convert data=folder data.root=DIGITS output=DIGITS", "holds train and no manifest.json: choose an empty"),
         ("prepare data.root=DIGITS output=o", "ILSVRC2012_img_train.tar does not exist: put ImageNet's archives there"),
+        ("verify data=folder data.root=. report=DIGITS", "report=DIGITS is a folder: give a file in it"),
+        ("verify data=folder data.root=. report=/proc/no", "report=/proc/no cannot be written (No such file or"),
+        ("verify data=folder data.root=. ignore=tiny", "ignore='tiny' must be a list: give ignore=[tiny]"),
+        ("stats data=folder data.root=. picture=p.foo", "picture=p.foo must end in .png, .svg or .pdf"),
+        (
+            "convert data=folder data.root=DIGITS output=/dev/null",
+            "output=/dev/null cannot be made, as /dev/null is a f",
+        ),
+        (
+            "convert data=folder data.root=DIGITS output=/dev/null/o",
+            "output=/dev/null/o cannot be made, as /dev/null is",
+        ),
+        ("convert data=folder data.root=DIGITS output=/proc/no", "output=/proc/no cannot be written (No such file or"),
+        ("verify data=parquet data.root=. data.columns={picture:x}", "data.columns.picture is not a key of the config"),
         ("verify data=folder nonsense", "nonsense is not of the form key=value: give key=value"),
     ],
 )
@@ -111,7 +126,50 @@ def test_bad_input(cli: Cli, few_digits: Path, words: str, message: str) -> None
     assert done.status == 2
     assert done.out == ""
     assert done.err.startswith("effnet-data: error: ")
-    assert message in done.err
+    assert message.replace("DIGITS", str(few_digits)) in done.err
+
+
+def test_a_report_that_cannot_be_written_is_told_all_the_same(cli: Cli, few_digits: Path) -> None:
+    done = cli("data", "verify", "data=folder", f"data.root={few_digits}", "workers=0", "report=/dev/full")
+    assert done.status == 2
+    assert done.out.splitlines()[-1] == "no problems"
+    assert "report=/dev/full cannot be written (No space left on device): choose another place" in done.err
+
+
+def test_braces_that_a_shell_has_unfolded_are_refused(cli: Cli, few_digits: Path) -> None:
+    """Hydra would take the last, and the run would see one shard of all."""
+    words = ("data=folder", f"data.root={few_digits}", "workers=0")
+    done = cli("data", "verify", *words, "data.train=train-0.tar", "data.train=train-1.tar", "data.train=train-2.tar")
+    assert done.status == 2
+    assert "data.train is given twice" in done.err
+    assert """quote them twice: "data.train='train-{0000..0146}.tar'\"""" in done.err
+    assert cli("data", "verify", *words, "data.train=train", "data.val=val").status == 0
+
+
+def test_convert_tells_how_to_read_what_it_wrote(cli: Cli, few_digits: Path, tmp_path: Path) -> None:
+    """The words are a shell's: names with spaces in quotes; of images to evaluate on alone there is no train."""
+    for data, root in (("folder", few_digits), ("eval_folder", few_digits / "val")):
+        for to in ("folder", "shards"):
+            output = tmp_path / f"{data} as {to}"
+            done = cli("data", "convert", f"data={data}", f"data.root={root}", f"output={output}", f"to={to}")
+            assert done.status == 0, done.err
+            words = shlex.split(done.out.splitlines()[-1].removeprefix(f"{output}: "))
+            read = cli("data", "verify", *words, "ignore=[across]", "workers=0")
+            assert read.status == 0, read.err
+            assert "val: 40 images" in read.out
+
+
+def test_an_unfinished_conversion_is_verified_but_not_trained_on(
+    cli: Cli, few_digits: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    cli("data", "convert", "data=folder", f"data.root={few_digits}", "output=out", "images=20")
+    (tmp_path / "out/train-000001.tar").unlink()
+    refused = cli("train", *tiny, "data=shards", "data.root=out")
+    assert refused.status == 2
+    assert "data.root=out is not complete: out/train-000001.tar is missing" in refused.err
+    told = cli("data", "verify", "data=shards", "data.root=out", "workers=0")
+    assert told.status == 1
+    assert "  out/train-000001.tar: missing" in told.out.splitlines()
 
 
 @pytest.mark.parametrize(

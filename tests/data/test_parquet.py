@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from effnet_train.data import parquet as module
-from effnet_train.data.datasets import Data
+from effnet_train.data.archives import shards
+from effnet_train.data.datasets import Data, image_folders
 from effnet_train.data.loader import DataError, eval_batches
 from effnet_train.data.parquet import parquet
 from effnet_train.data.parquet_files import choose
+from effnet_train.data.pieces import Options
+from effnet_train.data.prepare import write as write_pieces
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import Source
 
@@ -341,6 +346,8 @@ def test_each_image_once_over_ranks(tmp_path: Path, sizes: list[int], group: int
 PROGRAM = """
 import sys
 from effnet_train.data.parquet import parquet
+from effnet_train.data.pieces import Options
+from effnet_train.data.prepare import write as write_pieces
 from effnet_train.data.preprocess import Preprocess
 try:
     data = parquet(sys.argv[1], train="train", val="validation", preprocess=Preprocess(8), cache=sys.argv[2])
@@ -439,3 +446,32 @@ def test_a_card_that_names_too_few(tmp_path: Path) -> None:
     write_card(tmp_path / "set", card("ant", "bee"))
     with pytest.raises(ValueError, match=r"set/README\.md names 2 classes, the labels go up to 2"):
         load(tmp_path / "set", tmp_path)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(
+    ("path", "suffix", "kept"), [("a.b/cat.JPEG", ".JPEG", True), ("cat.PNG", ".PNG", True), (None, ".png", False)]
+)
+def test_rows_become_files_of_images(tmp_path: Path, copy: bool, path: str | None, suffix: str, kept: bool) -> None:
+    """A row's image gets the name that is written beside it, else a number, and a suffix by which it is found again."""
+    images = [{"bytes": png(i), "path": path and path.replace("cat", f"cat{i}")} for i in range(4)]
+    for split in ("train", "validation"):
+        table = pa.table({"image": pa.array(images, ENCODED), "label": pa.array([0, 1, 1, 0])})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "set" / f"{split}.parquet")
+    data = load(tmp_path / "set", tmp_path, copy=copy)
+    for to in ("folder", "shards"):
+        out = tmp_path / to
+        write_pieces({"train": data.train, "val": data.val}, out, Options(to), source={})
+        read = (
+            image_folders(str(out), preprocess=PREPROCESS)
+            if to == "folder"
+            else shards(
+                str(out), train="train-*.tar", val="val-*.tar", cache=str(tmp_path / "cache"), preprocess=PREPROCESS
+            )
+        )
+        assert Counter(rows(read.train)) == Counter(rows(data.train))
+    names = {file.name for file in (tmp_path / "folder/train").rglob("*.*")}
+    assert names == {f"cat{i}{suffix}" if kept and copy else f"{i:06d}.png" for i in range(4)}
+    with tarfile.open(tmp_path / "shards/train-000000.tar") as tar:
+        assert all(re.fullmatch(r"[\w-]+\.(jpg|png|cls)", name) for name in tar.getnames())

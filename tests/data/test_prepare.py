@@ -17,8 +17,9 @@ from PIL import Image
 from effnet_train.data import pieces
 from effnet_train.data.archives import shards
 from effnet_train.data.decode import decode
+from effnet_train.data.manifest import check_whole, damaged
 from effnet_train.data.pieces import Options, shrink
-from effnet_train.data.prepare import damaged, write
+from effnet_train.data.prepare import write
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.sources import FolderSource, Subset
 
@@ -310,6 +311,59 @@ def test_a_lost_shard_is_made_again_and_a_changed_one_is_found(photos, tmp_path)
     (out / "train-000002.tar").unlink()
     write(photos, out, options, source=SOURCE)
     assert tree(out) == before
+
+
+@pytest.fixture(params=["not ended", "a shard gone", "a shard cut"])
+def broken(request, photos, tmp_path):
+    """Return a folder of shards of which some are missing or short."""
+    out = tmp_path / "out"
+    write(photos, out, Options("shards", images=5), source=SOURCE)
+    if request.param == "not ended":
+        edit_manifest(out, complete=False)
+    elif request.param == "a shard gone":
+        (out / "train-000001.tar").unlink()
+    else:
+        os.truncate(out / "train-000001.tar", 5000)
+    return out
+
+
+def edit_manifest(folder, **changes):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_what_is_not_whole_is_refused(broken):
+    with pytest.raises(
+        ValueError, match=rf"data\.root={broken} is not complete: .*as train-\{{000000\.\.000041\}}\.tar"
+    ):
+        check_whole(str(broken), {"train": "train-*.tar", "val": "val-*.tar"})
+    # Shards that are named one by one are what is wanted, and their absence is told when they are opened.
+    check_whole(str(broken), {"train": "train-{000002..000004}.tar", "val": "val-000000.tar"})
+
+
+def test_what_is_whole_is_taken(photos, tmp_path):
+    for to in ("shards", "folder"):
+        write(photos, tmp_path / to, Options(to), source=SOURCE)
+        check_whole(str(tmp_path / to), {"train": "train-*.tar" if to == "shards" else "train", "val": "val-*.tar"})
+    edit_manifest(tmp_path / "folder", complete=False)
+    with pytest.raises(ValueError, match=r"is not complete: .*move manifest\.json away"):
+        check_whole(str(tmp_path / "folder"), {"train": "train", "val": "val"})
+
+
+@pytest.mark.parametrize("content", ["[]", '{"name": "an app"}', None])
+def test_a_manifest_of_another_program_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    check_whole(str(tmp_path), {"train": "train-*.tar"})
+    assert damaged(tmp_path) == []
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"a')
+    assert len(damaged(tmp_path)) == 1
+    assert damaged(tmp_path)[0].startswith(f"{tmp_path}/manifest.json: cannot be read (Unterminated string")
+    with pytest.raises(ValueError, match=r"manifest\.json: cannot be read .*: copy it again, or move it away"):
+        check_whole(str(tmp_path), {"train": "train-*.tar"})
 
 
 def test_another_output_is_refused(photos, tmp_path):

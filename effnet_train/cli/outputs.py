@@ -1,0 +1,39 @@
+"""Files that a command writes at its end: what keeps it from that is told before the work, by their key."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_file(key: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Check that a file can be written, by trying, and that it has one of `suffixes` where they are given.
+
+    Raises FileNotFoundError where there is no folder for it, ValueError.
+    """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{key}={path}: its folder does not exist, make it first")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{key}={path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.is_dir():
+        raise ValueError(f"{key}={path} is a folder: give a file in it")
+    new = not path.exists()
+    with writing(key, path):
+        path.open("ab").close()
+        if new:
+            path.unlink()
+
+
+def check_folder(key: str, path: Path) -> None:
+    """Check that a folder is there or can be made; nothing is. Raises ValueError."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{key}={path} cannot be made, as {there} is a file: choose another place")
+
+
+@contextmanager
+def writing(key: str, path: Path) -> Iterator[None]:
+    """Tell an OSError by the key. Raises ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{key}={path} cannot be written ({error.strerror or error}): choose another place") from error
