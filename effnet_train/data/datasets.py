@@ -72,11 +72,13 @@ def assemble(
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
         raise ValueError(
-            f"train has {len(train.classes)} classes and val {len(val.classes)}, and they differ: "
+            f"data.root={root}: train has {len(train.classes)} classes and val {len(val.classes)}, and they differ: "
             f"only in train {only_train[:5]}, only in val {only_val[:5]}; the class folders of both must be the same"
         )
     if len(train.classes) < 2:
-        raise ValueError(f"there is one class, {train.classes[0]!r}: to tell classes apart, there must be at least two")
+        raise ValueError(
+            f"data.root={root}: there is one class, {train.classes[0]!r}: to tell classes apart, give at least two"
+        )
     _check_on_error(on_error)
     check_backend(backend)
     if not 0 <= minival < len(train):
@@ -98,6 +100,13 @@ def image_folders(root: str, *, train: str = "train", val: str = "val", **common
     """Read `root/train/<class>/<image>` and `root/val/<class>/<image>`, ImageNet's layout."""
     if not Path(root).is_dir():
         raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder that holds {train}/ and {val}/")
+    for key, name in (("train", train), ("val", val)):
+        if not Path(root, name).is_dir():
+            raise FileNotFoundError(
+                f"data.root={root} has no folder data.{key}={name}: set data.root to a folder with {train}/<class>/ "
+                f"and {val}/<class>/, or data.{key} to another name (data=eval_folder evaluates on a folder of "
+                "<class>/ alone)"
+            )
     return assemble(root, *(FolderSource(Path(root) / split) for split in (train, val)), **common)
 
 

@@ -35,13 +35,16 @@ def is_remote(name: str) -> bool:
 
 def file_system(url: str) -> Any:
     """Return fsspec's file system of a URL. Raises ImportError naming the extra."""
+    protocol = url.partition("://")[0]
     try:
         import fsspec
 
+        if protocol.partition("::")[0] not in fsspec.available_protocols():
+            raise ValueError(f"{url}: {protocol}:// is not known: give a folder, or a URL as https://... or s3://...")
         return fsspec.core.url_to_fs(url, **_options(url))[0]
     except ImportError as error:
         raise ImportError(
-            f"{url.partition('://')[0]}:// needs a package more ({error}): pip install 'effnet-train[remote]'"
+            f"{protocol}:// needs a package more ({error}): pip install 'effnet-train[remote]'"
         ) from error
 
 
@@ -70,7 +73,8 @@ def retried(what: str, read: Callable[[], Result]) -> Result:
             if _is_final(error):
                 raise
             if attempt == _ATTEMPTS:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                cause = error.__cause__ if _is_unreached(error) else error
+                reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
                 raise RemoteError(f"cannot read {what} after {_ATTEMPTS} attempts ({reason})") from error
         # Many processes that failed together should not come back together.
         time.sleep(wait * random.uniform(0.5, 1.5))
@@ -86,8 +90,14 @@ def _is_denied(error: Exception) -> bool:
 def _is_final(error: Exception) -> bool:
     """Say whether another attempt would find the same."""
     if isinstance(error, FileNotFoundError):
-        return _status(error) in (None, 404, 410)
+        return _status(error) in (None, 404, 410) and not _is_unreached(error)
     return isinstance(error, ImportError | ValueError) or getattr(error, "errno", None) == errno.ENOSPC
+
+
+def _is_unreached(error: Exception) -> bool:
+    """Say whether it was the server that was not found; fsspec says FileNotFoundError of this too."""
+    kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
+    return bool(kinds & {"ClientConnectionError", "ConnectionError", "TimeoutError"})  # the first is aiohttp's
 
 
 def _status(error: Exception) -> int | None:

@@ -70,7 +70,9 @@ def labelled(
     shards = at_once(one, numbered) if is_remote(archives[0]) else map(one, numbered)
     found = list(itertools.chain.from_iterable(tqdm(shards, total=len(archives), unit="shard", disable=None)))
     if not found:
-        raise ValueError(f"{archives[0]} and the others hold no pairs of KEY.jpg and KEY.cls")
+        raise ValueError(
+            f"{archives[0]} and the others hold no pairs of KEY.jpg and KEY.cls: set data.train and data.val to others"
+        )
     most = 1 + max(entry.label for entry in found)
     return [str(label) for label in range(most)], found
 
@@ -101,7 +103,10 @@ def _scan(number: int, archive: str, path: str) -> list[Entry]:
                 labels[key] = (name, file.read(length))
     lacking = sorted(images.keys() - labels.keys())
     if lacking:
-        raise ValueError(f"{archive}: {len(lacking)} images have no .cls beside them, the first {lacking[0]}")
+        raise ValueError(
+            f"{archive}: {len(lacking)} images have no .cls beside them, the first {lacking[0]}: write the shard again "
+            "with KEY.cls, a class number, for each KEY.jpg"
+        )
     return [
         Entry(number, offset, length, _label(*labels[key], archive), name)
         for key, (name, offset, length) in images.items()
@@ -200,9 +205,13 @@ def class_names(root: str, count: int) -> tuple[str, ...]:
         try:
             names = names_in(data.decode())
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no names of classes, from 0 on without a gap ({error})") from error
+            raise ValueError(
+                f"{path} holds no names of classes, from 0 on without a gap ({error}): mend or remove it"
+            ) from error
         if len(names) < count:
-            raise ValueError(f"{path} names {len(names)} classes, the labels go up to {count - 1}")
+            raise ValueError(
+                f"{path} names {len(names)} classes, the labels go up to {count - 1}: add the names, or remove it"
+            )
         return names
     return tuple(map(str, range(count)))
 

@@ -8,7 +8,7 @@ import sys
 import tarfile
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,13 +86,15 @@ def open_index(
     found = _described(folder)
     if found is None or {key: found.get(key) for key in description} != json.loads(json.dumps(description)):
         print(f"indexing {len(archives)} archives, once: {archives[0]} ...", file=sys.stderr, flush=True)
+        classes, entries = make()
+        found = {**description, "classes": list(classes)}
+        arrays = _arrays(entries)
         try:
-            found = _write(folder, description, *make())
+            _write(folder, found, arrays)
         except OSError as error:
-            if error.filename is None or not str(error.filename).startswith(str(cache)):
-                raise
             raise OSError(
-                f"cannot write the index to {cache} ({error.strerror}): choose another place with data.cache=..."
+                f"cannot write the index to {cache} ({error.strerror or error}): choose another place with "
+                "data.cache=..."
             ) from error
     return TarIndex(folder, tuple(archives), tuple(found["classes"]))
 
@@ -106,10 +108,7 @@ def _described(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _write(
-    folder: Path, description: dict[str, Any], classes: Sequence[str], entries: Iterable[Entry]
-) -> dict[str, Any]:
-    """Write an index beside and rename it: it is whole, or not there."""
+def _arrays(entries: Iterable[Entry]) -> dict[str, np.ndarray]:
     numbers, lengths, letters = array("q"), array("q"), bytearray()
     for entry in entries:
         numbers.extend((entry.offset, entry.length, entry.archive, entry.label))
@@ -120,13 +119,17 @@ def _write(
     table = np.empty(len(columns), dtype=_ENTRY)
     for column, key in enumerate(("offset", "length", "archive", "label")):
         table[key] = columns[:, column]
+    ends = np.cumsum(np.frombuffer(lengths, dtype=np.int64))
+    return {"entries": table, "ends": ends, "letters": np.frombuffer(letters, dtype=np.uint8)}
+
+
+def _write(folder: Path, found: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an index beside and rename it: it is whole, or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        np.save(unfinished / "entries.npy", table)
-        np.save(unfinished / "ends.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
-        np.save(unfinished / "letters.npy", np.frombuffer(letters, dtype=np.uint8))
-        found = {**description, "classes": list(classes)}
+        for name, values in arrays.items():
+            np.save(unfinished / f"{name}.npy", values)
         (unfinished / "index.json").write_text(json.dumps(found))
         old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
         if folder.exists():  # of a former state of the archives; who has it mapped keeps it
@@ -139,7 +142,6 @@ def _write(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return found
 
 
 def members(file: Any, name: str, start: int = 0) -> Iterator[tuple[str, int, int]]:

@@ -110,7 +110,7 @@ def on_folder(tiny: list[str], root: Path, *more: str) -> list[str]:
         ),
         (
             lambda root: shutil.rmtree(root / "val"),
-            "data folder {root}/val does not exist: set data.root to a folder with",
+            "data.root={root} has no folder data.val=val: set data.root to a folder with",
         ),
         (
             lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()],

@@ -170,3 +170,15 @@ def test_a_cache_that_cannot_be_written(official: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the index to .*: choose another place with data\.cache="):
         imagenet_tars(str(official), preprocess=PREPROCESS, cache=str(tmp_path / "file"))
+
+
+def test_a_cache_on_a_full_disk(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numpy's own error has neither a number nor a name."""
+
+    def full(file: object, array: object) -> None:
+        raise OSError("4096 requested and 512 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=rf"cannot write the index to {tmp_path}/cache \(4096 .*\): choose another place"):
+        imagenet_tars(str(official), preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []

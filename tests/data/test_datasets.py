@@ -40,8 +40,11 @@ def test_missing_folder(tmp_path):
         FileNotFoundError, match=rf"data.root={tmp_path}/no does not exist: set it to .* train/ and val/"
     ):
         image_folders(str(tmp_path / "no"), preprocess=PREPROCESS)
-    with pytest.raises(FileNotFoundError, match=rf"data folder {tmp_path}/train does not exist"):
+    with pytest.raises(FileNotFoundError, match=rf"data.root={tmp_path} has no folder data.train=train: set "):
         image_folders(str(tmp_path), preprocess=PREPROCESS)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no folder data.val=valid: .*, or data.val to another name"):
+        image_folders(str(tmp_path), val="valid", preprocess=PREPROCESS)
 
 
 def test_train_and_val_must_have_the_same_classes(image_root):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -177,6 +178,20 @@ def test_an_address_that_fails_for_good(files: tuple[str, type[Files]], tmp_path
     (server.root / VAL).unlink()
     with pytest.raises(RemoteError, match=r"cannot read http://127.*val-0000\.tar \(FileNotFoundError"):
         list(eval_batches(skipping.val, skipping, batch_size=2))
+
+
+def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec calls it a file that is not found: but it may be there a moment later."""
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(RemoteError, match=rf"cannot read {address}/.* after 6 attempts \(ClientConnectorError"):
+        load(address, tmp_path)
+
+
+def test_an_address_of_no_known_kind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"httpx://there/train.*: httpx:// is not known: give a folder, or a URL as"):
+        load("httpx://there", tmp_path)
 
 
 def test_wildcards_where_a_server_lists_nothing(files: tuple[str, type[Files]], tmp_path: Path) -> None:
