@@ -1,14 +1,17 @@
 """`effnet-bench JOB ...`: measure speeds beside other libraries'. The first word says what, the rest is Hydra's."""
 
 import json
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command, user_message
+from effnet_train.cli.outputs import check_file, check_folder, writing
 
 
 def main() -> None:
@@ -37,32 +40,35 @@ def data(cfg: DictConfig) -> None:
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.BENCH_DATA)
-    for key, right in (
-        ("jobs", lambda job: job in ("train", "eval")),
-        ("workers", lambda n: type(n) is int and n >= 0),
-    ):
-        wrong = [value for value in config[key] if not right(value)]
-        if wrong:
-            raise ValueError(
-                f"{key} has {wrong[0]!r}: give jobs=[train,eval] or one of them, workers=[0,1,2] or others"
-            )
+    _check_values(config)
     for backend in config["backends"]:
-        check_backend(backend)
+        check_backend(backend, key="backends")
+    if not Path(config["data"]["root"]).is_dir():
+        raise FileNotFoundError(
+            f"data.root={config['data']['root']} does not exist: set it to a folder that holds <class>/<image>"
+        )
+    file = Path(config["output"]) if config["output"] else None
+    if file:
+        check_folder("output", file.parent)
+        with writing("output", file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        check_file("output", file)
     root, size, first = config["data"]["root"], config["batch_size"], (config["backends"] or ["pillow"])[0]
     torch.set_num_threads(1)  # speeds are those of a core
     result: dict[str, Any] = {"machine": data_speed.machine(), "root": root, "rows": []}
     measured = data_speed.contenders(config["backends"], config["shards"] or {})
     for job in config["jobs"]:
         for workers in config["workers"]:
-            rows = data_speed.compare(
-                root,
-                measured,
-                train=job == "train",
-                workers=workers,
-                rounds=config["rounds"],
-                seconds=config["seconds"],
-                batch_size=size,
-            )
+            with _told_of_images(root):
+                rows = data_speed.compare(
+                    root,
+                    measured,
+                    train=job == "train",
+                    workers=workers,
+                    rounds=config["rounds"],
+                    seconds=config["seconds"],
+                    batch_size=size,
+                )
             result["rows"] += rows
             print(_table(rows), flush=True)
     if config["index"]:
@@ -74,11 +80,41 @@ def data(cfg: DictConfig) -> None:
         result["memory"] = data_speed.memory(root, backend=first, reads=config["reads"], batch_size=size)
         text = "memory after a tenth of {reads:,} reads {after_a_tenth_mib} MiB, at the end {end_mib}, peak {peak_mib}"
         print(text.format(**result["memory"]))
-    if config["output"]:
-        file = Path(config["output"])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+    if file:
+        with writing("output", file):
+            file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {file}")
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    right: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+        ("jobs", lambda job: job in ("train", "eval"), "jobs=[train,eval] or one of them"),
+        ("workers", lambda count: type(count) is int and count >= 0, "whole numbers from 0 on, as workers=[0,1,2]"),
+        ("backends", lambda name: isinstance(name, str), "names, as backends=[simplejpeg,pillow]"),
+    )
+    for key, fits, wanted in right:
+        wrong = [value for value in config[key] if not fits(value)]
+        if wrong:
+            raise ValueError(f"{key} has {wrong[0]!r}: give {wanted}")
+    for name, folder in (config["shards"] or {}).items():
+        if not isinstance(folder, str):
+            raise ValueError(f"shards.{name}={folder!r} must be a folder of shards")
+    if config["seconds"] <= 0:
+        raise ValueError(f"seconds={config['seconds']} must be more than 0")
+
+
+@contextmanager
+def _told_of_images(root: str) -> Iterator[None]:
+    """Add to the error of an image, which may be another library's, what to do. Raises ValueError."""
+    from effnet_train.data.loader import DataError
+
+    try:
+        yield
+    except (OSError, DataError) as error:
+        raise ValueError(
+            f"{user_message(error, 'bench_data')}: mend or remove it, as all that are measured must read it; "
+            f"{shlex.join(('effnet-data', 'verify', 'data=eval_folder', f'data.root={root}'))} names all such images"
+        ) from error
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -120,8 +120,14 @@ def test_the_command_writes_what_it_prints(jpegs, tmp_path, monkeypatch, capsys)
         (["--help"], 0, "effnet-bench data "),
         (["dat"], 2, "dat is no job: give one of data first"),
         (["data", "data.root=x", "jobs=[training]"], 2, "jobs has 'training': give jobs=[train,eval]"),
-        (["data", "data.root=x", "backends=[turbo]"], 2, "data.backend=turbo is not known"),
-        (["data", "data.root=nowhere"], 2, "nowhere does not exist"),
+        (["data", "data.root=x", "backends=[turbo]"], 2, "backends=turbo is not known"),
+        (["data", "data.root=nowhere"], 2, "data.root=nowhere does not exist: set it to a folder that holds <class>/"),
+        (["data", "data.root=x", "workers=2"], 2, "workers=2 must be a list: give workers=[2]"),
+        (["data", "data.root=x", "workers=[-1]"], 2, "workers has -1: give whole numbers from 0 on"),
+        (["data", "data.root=x", "shards={a: 5}"], 2, "shards.a=5 must be a folder of shards"),
+        (["data", "data.root=x", "seconds=0"], 2, "seconds=0 must be more than 0"),
+        (["data", "data.root=x", "index=-1"], 2, "index=-1 must be at least 0"),
+        (["data", "data.root=/", "output=/dev/null/o"], 2, "output=/dev/null cannot be made, as /dev/null is a file"),
     ],
 )
 def test_words(monkeypatch, capsys, words, status, message):
@@ -132,3 +138,19 @@ def test_words(monkeypatch, capsys, words, status, message):
     assert left.value.code == status
     shown = capsys.readouterr()
     assert message in shown.out + shown.err
+
+
+@WARNINGS
+def test_an_image_that_one_of_them_cannot_read_is_named(jpegs, monkeypatch, capsys):
+    (jpegs / "a" / "0.jpg").write_bytes(b"none")
+    words = ["data", f"data.root={jpegs}", "jobs=[eval]", "workers=[0]", "rounds=1", "seconds=0.05", "batch_size=6"]
+    monkeypatch.setattr(sys, "argv", ["effnet-bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    torch.set_num_threads(threads)
+    assert left.value.code == 2
+    message = capsys.readouterr().err
+    assert f"{jpegs}/a/0.jpg" in message
+    assert f"effnet-data verify data=eval_folder data.root={jpegs} names all such images" in message
