@@ -134,6 +134,8 @@ def user_message(error: BaseException, config: str) -> str | None:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}: make room there; what was saved is intact, and the same command goes on from it"
+    if isinstance(error, PermissionError) and error.filename:
+        return _denied(error)
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         # What a data worker raised comes with the worker's traceback before it.
         return re.split(rf"\n[\w.]*{type(error).__name__}: ", str(error))[-1].rstrip()
@@ -142,10 +144,16 @@ def user_message(error: BaseException, config: str) -> str | None:
     return None
 
 
+def _denied(error: PermissionError) -> str:
+    return f"{error.filename}: access denied ({error.strerror}): let this user in, or choose another place"
+
+
 def _instantiation(error: InstantiationException) -> str | None:
     cause = error.__cause__
     where = re.search(r"full_key: (\S+)", str(error))
     key = f" (in {where[1]})" if where and f"{where[1]}." not in str(cause) else ""
+    if isinstance(cause, PermissionError) and cause.filename:
+        return f"{_denied(cause)}{key}"
     if isinstance(cause, TypeError | ValueError | OSError | ImportError):
         return f"{cause}{key}"
     return None if cause is not None else str(error).strip()

@@ -28,7 +28,7 @@ def check_whole(root: str, splits: Mapping[str, str]) -> None:
     if wild and not manifest["complete"]:
         raise ValueError(
             f"data.root={root} is not complete: effnet-data has not ended its work there. The same command goes on; to "
-            f"read what there is all the same, {_choice(shards)}"
+            f"read what there is all the same, {_all_the_same(shards)}"
         )
     for key, pattern in wild.items() if shards else ():
         for file, size in _files(manifest):
@@ -36,12 +36,13 @@ def check_whole(root: str, splits: Mapping[str, str]) -> None:
             if fnmatch.fnmatchcase(file, pattern) and not (found.is_file() and found.stat().st_size == size):
                 raise ValueError(
                     f"data.root={root} is not complete: {found} is missing, or of another size than {MANIFEST} says. "
-                    f"Copy it again, or give data.{key} without wildcards, {_choice(shards)}"
+                    f"Copy it again; to read what there is all the same, {_all_the_same(shards, key)}"
                 )
 
 
-def _choice(shards: bool) -> str:
-    return "as train-{000000..000041}.tar" if shards else f"move {MANIFEST} away"
+def _all_the_same(shards: bool, key: str = "train") -> str:
+    pattern = f"give data.{key} without wildcards, as {key}-{{000000..000041}}.tar"
+    return pattern if shards else f"move {MANIFEST} away"
 
 
 def damaged(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from torch._utils import ExceptionWrapper
 
 from effnet_train.cli.app import run_rank, user_message
@@ -264,3 +265,12 @@ def test_what_a_data_worker_raised_comes_without_its_traceback() -> None:
     with pytest.raises(RemoteError, match="Original Traceback") as error:
         wrapped.reraise()
     assert user_message(error.value, "train") == "cannot read x after 6 attempts (OSError: y)"
+
+
+def test_what_this_user_may_not_read_is_named() -> None:
+    denied = PermissionError(13, "Permission denied", "images/val")
+    wanted = "images/val: access denied (Permission denied): let this user in, or choose another place"
+    assert user_message(denied, "train") == wanted
+    wrapped = InstantiationException("Error in call to target\nfull_key: data")
+    wrapped.__cause__ = denied
+    assert user_message(wrapped, "train") == f"{wanted} (in data)"
