@@ -91,7 +91,10 @@ def assert_refused(done: Any, message: str) -> None:
         ("checkpoint=run weights=best", "weights=best is not known: use ema or raw"),
         ("checkpoint=run/model.safetensors weights=raw", "holds the selected weights only; give the run's best.pt"),
         ("checkpoint=run output=no/such.json", "output=no/such.json: its folder does not exist, make it first"),
-        ("checkpoint=run data.root=run", "data.root=run has no folder data.train=train: set data.root to a folder with"),
+        (
+            "checkpoint=run data.root=run",
+            "data.root=run has no folder data.train=train: set data.root to a folder with",
+        ),
         ("checkpoint=run data=digits data.preprocess.mean=[0,0,0]", "the checkpoint's own preprocessing is used"),
         (
             "checkpoint=run data=digits preprocess@data.preprocess=imagenet",
