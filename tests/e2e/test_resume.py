@@ -26,7 +26,9 @@ VARYING = ("train/images_per_s", "train/data_wait")  # what depends on the clock
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    return load_checkpoint(folder / f"step_{step:09d}.pt")
+    payload = load_checkpoint(folder / f"step_{step:09d}.pt")
+    del payload["provenance"]  # the command's words, among others
+    return payload
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
