@@ -83,9 +83,20 @@ def end_time(environment: Mapping[str, str]) -> float | None:
         return float(environment["SLURM_JOB_END_TIME"])
     if "SLURM_JOB_ID" not in environment or shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--noheader", "--format=%e", f"--jobs={environment['SLURM_JOB_ID']}"]
+    told = _asked(environment, "%e")
+    return float(told) if told.isdigit() else None
+
+
+def is_cancelled(environment: Mapping[str, str]) -> bool:
+    """Say whether the job that this process belongs to is ending because somebody cancelled it."""
+    return _asked(environment, "%T") in ("CANCELLED", "COMPLETING")
+
+
+def _asked(environment: Mapping[str, str], what: str) -> str:
+    """Return what squeue tells of the job, or nothing where it does not answer."""
+    command = ["squeue", "--noheader", f"--format={what}", f"--jobs={environment['SLURM_JOB_ID']}", "--states=all"]
     try:
-        told = subprocess.run(
+        return subprocess.run(
             command,
             env={**os.environ, **environment, "SLURM_TIME_FORMAT": "%s"},
             capture_output=True,
@@ -93,8 +104,7 @@ def end_time(environment: Mapping[str, str]) -> float | None:
             timeout=_ANSWER_S,
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return float(told) if told.isdigit() else None
+        return ""
 
 
 def stop_time(end: float | None, before_end_s: float, now: float) -> float | None:

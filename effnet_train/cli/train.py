@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from effnet_train import slurm
 from effnet_train.cli.app import command, run_rank
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ def _check_cluster() -> None:
 def _requeue() -> None:
     """Have submitit requeue its job, if this process is one, by the signal that it knows, which was ours till now."""
     number = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and callable(signal.getsignal(number)):
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or not callable(signal.getsignal(number)):
+        return
+    # SLURM would requeue a job that somebody has just cancelled.
+    if not slurm.is_cancelled(os.environ):
         signal.raise_signal(number)
 
 
 def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     """Train as one rank. Raises SystemExit(75) where a signal stopped it, with everything saved."""
-    from effnet_train import slurm
     from effnet_train.cli.lock import locked
     from effnet_train.distributed import PREEMPTED_EXIT_CODE, PreemptionNotice, open_session
     from effnet_train.engine.faults import RollBackError
