@@ -104,7 +104,8 @@ def test_the_end_of_a_jobs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     squeue = tmp_path / "squeue"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     for answer, expected in (("1764000001", 1764000001), ("NONE", None), ("", None)):
-        squeue.write_text(f'#!/bin/sh\n[ "$SLURM_TIME_FORMAT$4" = %s--states=all ] && [ "$3" = --jobs=17 ] && echo {answer}\n')
+        asked = '[ "$SLURM_TIME_FORMAT$4" = %s--states=all ] && [ "$3" = --jobs=17 ]'
+        squeue.write_text(f"#!/bin/sh\n{asked} && echo {answer}\n")
         squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
         assert slurm.end_time(TASK) == expected
 
