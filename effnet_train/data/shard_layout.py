@@ -107,6 +107,12 @@ def _scan(number: int, archive: str, path: str) -> list[Entry]:
             f"{archive}: {len(lacking)} images have no .cls beside them, the first {lacking[0]}: write the shard again "
             "with KEY.cls, a class number, for each KEY.jpg"
         )
+    alone = sorted(key for key, (name, _) in labels.items() if key not in images and name.endswith(".cls"))
+    if alone:
+        raise ValueError(
+            f"{archive}: {len(alone)} labels have no image beside them ({', '.join(IMAGE_SUFFIXES)}), the first "
+            f"{labels[alone[0]][0]}"
+        )
     return [
         Entry(number, offset, length, _label(*labels[key], archive), name)
         for key, (name, offset, length) in images.items()

@@ -161,6 +161,10 @@ def members(file: Any, name: str, start: int = 0) -> Iterator[tuple[str, int, in
                 if offset + member.size > size:
                     raise tarfile.ReadError(f"{member.name} goes on behind its end")
                 yield member.name, offset, member.size
+            # Behind the first file, tarfile takes a header that is damaged, or cut off, for the end.
+            file.seek(start + tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"at {start + tar.offset:,} stands neither a file nor the mark of its end")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{name} is no tar archive, or a truncated one ({error}): fetch it again") from error
 

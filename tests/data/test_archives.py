@@ -158,6 +158,15 @@ def test_damaged_archives_are_named(
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("name", [f"{SYNSETS[1]}.tar", f"{SYNSETS[1]}_1.JPEG"])
+def test_a_damaged_header_loses_no_image_in_silence(official: Path, tmp_path: Path, name: str) -> None:
+    """Of a class, and of an image within one: Python's tarfile takes it for the end."""
+    path = official / "ILSVRC2012_img_train.tar"
+    path.write_bytes(path.read_bytes().replace(name.encode().ljust(100, b"\0"), b"?".ljust(100, b"\0")))
+    with pytest.raises(ValueError, match=rf"{path}.* is no tar archive, or a truncated one \(at .* stands neither"):
+        imagenet_tars(str(official), preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
+
+
 def test_an_absent_archive_is_named(official: Path, tmp_path: Path) -> None:
     (official / "ILSVRC2012_img_val.tar").unlink()
     with pytest.raises(

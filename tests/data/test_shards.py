@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,10 @@ def test_braces(pattern: str, names: list[str]) -> None:
         ([("0001", {"jpg": b"x", "json": b'{"cls": true}'})], r"0001\.json holds no class number"),
         ([("0001", {"jpg": b"x", "png": b"y", "cls": b"0"})], r"0001\.jpg and 0001\.png are two images of one sample"),
         ([("0001", {"txt": b"x"})], r"hold no pairs of KEY\.jpg and KEY\.cls"),
+        (
+            [("0001", {"jpg": b"x", "cls": b"0"}), ("0002", {"avif": b"x", "cls": b"0"})],
+            r"1 labels have no image beside them \(\.jpeg, .*\), the first 0002\.cls",
+        ),
     ],
 )
 def test_shards_that_lack_something(
@@ -128,6 +133,28 @@ def test_shards_that_lack_something(
     write_shard(sharded / "val-0000.tar", samples)
     with pytest.raises(ValueError, match=message):
         shards(str(sharded), train="train-*.tar", val="val-*.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache"))
+
+
+def test_a_shard_that_was_cut_anywhere_loses_no_image_in_silence(sharded: Path, tmp_path: Path) -> None:
+    """Also between two files, or in a header, which Python's tarfile takes for the end."""
+    shard = sharded / "train-0001.tar"
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        end = max(member.offset_data + 512 * -(-member.size // 512) for member in tar)
+
+    def found() -> int:
+        data = shards(
+            str(sharded), train=shard.name, val="val-0000.tar", preprocess=PREPROCESS, cache=str(tmp_path / "cache")
+        )
+        return len(data.train)
+
+    assert found() == 2
+    for length in (*range(512, end + 1, 512), *range(700, end, 512)):
+        shard.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{shard}.*(is no tar archive, or a truncated one|no \.cls beside them)"):
+            found()
+    shard.write_bytes(whole[: end + 512])  # with the first of the two blocks that mark the end
+    assert found() == 2
 
 
 def test_names_that_are_no_shards(sharded: Path, tmp_path: Path) -> None:
