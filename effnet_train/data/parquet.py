@@ -1,11 +1,9 @@
 """Images in parquet files, as the Hugging Face hub holds them: copied once to where each can be read by itself."""
 
-import contextlib
-import fcntl
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import IO, Any, Unpack
 import numpy as np
 
 from effnet_train.data.archives import TarSource
+from effnet_train.data.caches import alone
 from effnet_train.data.datasets import Common, Data, assemble
 from effnet_train.data.parquet_files import (
     Columns,
@@ -99,11 +98,19 @@ def copied(files: Sequence[str], chosen: Mapping[str, str], cache: Path) -> Copy
     """
     role = f"parquet {sorted(chosen.items())}"
     copies = [cache / "parquet" / _digest(file, role) for file in files]
-    with _alone(cache):
-        missing = [(file, copy) for file, copy in zip(files, copies, strict=True) if _ends(file, copy) is None]
-        if missing:
-            _copy_all(missing, chosen, cache)
-        index = open_index(files, _state, lambda: _entries(files, copies, chosen), kind=role, cache=cache)
+
+    def missing() -> list[tuple[str, Path]]:
+        return [(file, copy) for file, copy in zip(files, copies, strict=True) if _ends(file, copy) is None]
+
+    if missing():  # else nothing needs to be written
+        with alone(cache, "parquet") as held:
+            if held:
+                for left in (cache / "parquet").glob(".*"):  # by a process that was killed
+                    left.unlink()
+            still = missing()  # another process may have copied meanwhile
+            if still:
+                _copy_all(still, chosen, cache)
+    index = open_index(files, _state, lambda: _entries(files, copies, chosen), kind=role, cache=cache)
     return CopySource(index, [f"{copy}.images" for copy in copies])
 
 
@@ -114,23 +121,6 @@ def _digest(file: str, role: str) -> str:
 def _state(file: str) -> list[int]:
     found = os.stat(file)
     return [found.st_size, found.st_mtime_ns]
-
-
-@contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Keep the machine's other processes out, which would copy the same."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache / ".parquet.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {cache} ({error.strerror}): choose another place with data.cache=..."
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _ends(file: str, copy: Path) -> np.ndarray | None:
@@ -196,15 +186,16 @@ def _copy(file: str, copy: Path, found: Columns) -> None:
 
 
 def _replace(name: str, write: Any) -> None:
-    descriptor, unfinished = tempfile.mkstemp(dir=os.path.dirname(name), prefix=".")
+    # Not by tempfile, whose files are for their owner alone: a cache may serve several people.
+    unfinished = Path(name).with_name(f".{os.path.basename(name)}-{secrets.token_hex(4)}")
     try:
-        with open(descriptor, "wb") as stream:
+        with unfinished.open("xb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, name)
     except BaseException:
-        os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tarfile
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from effnet_train.data.caches import alone
 
 _VERSION = 1
 _ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("archive", "<i4"), ("label", "<i4")])
@@ -78,34 +81,44 @@ def open_index(
     """Return the index of `archives` from the cache, or make it.
 
     `state` gives what tells an archive from a changed one (size and time); `make` returns class names and entries;
-    `kind` says how entries were made of the archives. Raises OSError where the cache cannot be written.
+    `kind` says how entries were made of the archives. Of several processes one makes it and the others wait. Raises
+    OSError where the cache cannot be written.
     """
     description = {"version": _VERSION, "kind": kind, "archives": {name: state(name) for name in archives}}
+    description = json.loads(json.dumps(description))  # as it comes out of the file
     digest = hashlib.sha256("\0".join((kind, *archives)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     folder = cache / digest
-    found = _described(folder)
-    if found is None or {key: found.get(key) for key in description} != json.loads(json.dumps(description)):
-        print(f"indexing {len(archives)} archives, once: {archives[0]} ...", file=sys.stderr, flush=True)
-        classes, entries = make()
-        found = {**description, "classes": list(classes)}
-        arrays = _arrays(entries)
-        try:
-            _write(folder, found, arrays)
-        except OSError as error:
-            raise OSError(
-                f"cannot write the index to {cache} ({error.strerror or error}): choose another place with "
-                "data.cache=..."
-            ) from error
+    found = _made(folder, description)
+    if found is None:
+        with alone(cache, digest) as held:
+            if held:
+                for left in cache.glob(f".{digest}-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                found = _made(folder, description)  # by another process, meanwhile
+            if found is None:
+                print(f"indexing {len(archives)} archives, once: {archives[0]} ...", file=sys.stderr, flush=True)
+                classes, entries = make()
+                found = {**description, "classes": list(classes)}
+                arrays = _arrays(entries)
+                try:
+                    _write(folder, found, arrays)
+                except OSError as error:
+                    raise OSError(
+                        f"cannot write the index to {cache} ({error.strerror or error}): choose another place with "
+                        "data.cache=..."
+                    ) from error
     return TarIndex(folder, tuple(archives), tuple(found["classes"]))
 
 
-def _described(folder: Path) -> dict[str, Any] | None:
+def _made(folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what an index in the folder says of itself, or None where there is none of this description."""
     try:
         found = json.loads((folder / "index.json").read_text())
         _load(folder)
     except (OSError, ValueError, EOFError):
         return None
-    return found if isinstance(found, dict) else None
+    same = isinstance(found, dict) and {key: found.get(key) for key in description} == description
+    return found if same else None
 
 
 def _arrays(entries: Iterable[Entry]) -> dict[str, np.ndarray]:
@@ -126,22 +139,24 @@ def _arrays(entries: Iterable[Entry]) -> dict[str, np.ndarray]:
 def _write(folder: Path, found: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Write an index beside and rename it: it is whole, or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    # Not by tempfile, whose folders are for their owner alone: a cache may serve several people.
+    unfinished = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    old = unfinished.with_name(f"{unfinished.name}-old")
     try:
+        unfinished.mkdir()
         for name, values in arrays.items():
             np.save(unfinished / f"{name}.npy", values)
         (unfinished / "index.json").write_text(json.dumps(found))
-        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-        if folder.exists():  # of a former state of the archives; who has it mapped keeps it
-            os.replace(folder, old / "index")
+        with suppress(FileNotFoundError):  # of a former state of the archives; who has it mapped keeps it
+            os.replace(folder, old)
         try:
             os.replace(unfinished, folder)
         except OSError:
-            if _described(folder) is None:  # else another process was quicker, with the same
+            if _made(folder, dict(found)) is None:  # else another process was quicker, with the same
                 raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in (unfinished, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def members(file: Any, name: str, start: int = 0) -> Iterator[tuple[str, int, int]]:

@@ -177,7 +177,7 @@ def test_an_absent_archive_is_named(official: Path, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(official: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write the index to .*: choose another place with data\.cache="):
+    with pytest.raises(OSError, match=r"cannot write to .*: choose another place with data\.cache="):
         imagenet_tars(str(official), preprocess=PREPROCESS, cache=str(tmp_path / "file"))
 
 

@@ -231,6 +231,45 @@ def test_an_interrupted_copy_goes_on(root: Path, tmp_path: Path, monkeypatch: py
     assert len(copied) == len(set(copied)) == 3
 
 
+# A process that is killed where a copy is about to get its name.
+KILLED = """
+import os, sys
+from effnet_train.data.parquet import parquet
+from effnet_train.data.preprocess import Preprocess
+os.fsync = lambda _: os.kill(os.getpid(), 9)
+parquet(sys.argv[1], train="train", val="validation", cache=sys.argv[2], preprocess=Preprocess(8))
+"""
+
+
+def test_a_process_that_is_killed_leaves_nothing_to_the_next(root: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert (
+        subprocess.run([sys.executable, "-c", KILLED, str(root), str(cache)], stderr=subprocess.DEVNULL).returncode
+        == -9
+    )
+    assert [name[0] for name in os.listdir(cache / "parquet")] == ["."]
+    former = os.umask(0o022)
+    try:
+        assert rows(load(root, tmp_path).train) == TRAIN
+    finally:
+        os.umask(former)
+    copies = list((cache / "parquet").iterdir())
+    assert len(copies) == 6
+    assert {copy.stat().st_mode & 0o777 for copy in copies} == {0o644}  # a cache may serve several people
+
+
+def test_a_whole_cache_needs_no_writing(root: Path, tmp_path: Path) -> None:
+    load(root, tmp_path)
+    (tmp_path / "cache/parquet.lock").unlink()
+    (tmp_path / "cache/parquet.lock").mkdir()  # what even root cannot open to write
+    assert rows(load(root, tmp_path).train) == TRAIN
+    write(root / "data/train-00001-of-00002.parquet", [1, 0], first=20, names=["ant", "bee"])
+    with pytest.raises(
+        OSError, match=r"cannot write to .*cache \(Is a directory\): choose another place with data\.cache"
+    ):
+        load(root, tmp_path)
+
+
 def test_a_disk_without_room(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=100))
