@@ -73,8 +73,8 @@ def retried(what: str, read: Callable[[], Result]) -> Result:
             if _is_final(error):
                 raise
             if attempt == _ATTEMPTS:
-                cause = error.__cause__ if _is_unreached(error) else error
-                reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+                first = _connection_error(error) or error
+                reason = f"{type(first).__name__}: {first}".splitlines()[0]
                 raise RemoteError(f"cannot read {what} after {_ATTEMPTS} attempts ({reason})") from error
         # Many processes that failed together should not come back together.
         time.sleep(wait * random.uniform(0.5, 1.5))
@@ -90,20 +90,22 @@ def _is_denied(error: Exception) -> bool:
 def _is_final(error: Exception) -> bool:
     """Say whether another attempt would find the same."""
     if isinstance(error, FileNotFoundError):
-        return _status(error) in (None, 404, 410) and not _is_unreached(error)
+        return _status(error) in (None, 404, 410) and _connection_error(error) is None
     return isinstance(error, ImportError | ValueError) or getattr(error, "errno", None) == errno.ENOSPC
 
 
-def _is_unreached(error: Exception) -> bool:
-    """Say whether it was the server that was not found; fsspec says FileNotFoundError of this too."""
-    kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
-    return bool(kinds & {"ClientConnectionError", "ConnectionError", "TimeoutError"})  # the first is aiohttp's
-
-
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """Return the status of HTTP; fsspec says FileNotFoundError of whatever fails, and what it was stands behind."""
     status: int | None = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     return status
+
+
+def _connection_error(error: BaseException) -> BaseException | None:
+    """Return what broke a connection, where that is what fsspec's FileNotFoundError hides."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    # Of HTTP's errors those without a status.
+    broken = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp.")
+    return cause if broken and _status(error) is None and not isinstance(cause, FileNotFoundError) else None
 
 
 def _credentials(url: str) -> str:
@@ -143,9 +145,18 @@ def listed(pattern: str) -> list[str]:
 
 
 def read_part(url: str, offset: int, length: int) -> bytes:
-    """Return a part of a file. Raises RemoteError, also where the file cannot be found any more."""
+    """Return a part of a file. Raises RemoteError, also where it cannot be found any more, or has become shorter."""
+    if not length:
+        return b""  # which no server can be asked for
+
+    def read() -> bytes:
+        data: bytes = file_system(url).cat_file(url, start=offset, end=offset + length)
+        if len(data) < length:  # a server that tells no length may be cut off unnoticed
+            raise OSError(f"{len(data):,} bytes of {length:,} came")
+        return data
+
     try:
-        data: bytes = retried(url, lambda: file_system(url).cat_file(url, start=offset, end=offset + length))
+        data = retried(url, read)
     except OSError as error:  # it would count as a corrupt image
         raise RemoteError(f"cannot read {url} ({type(error).__name__}: {error})") from error
     if len(data) > length:
@@ -184,6 +195,7 @@ class Copies:
             if copy.exists():  # another process was quicker
                 unfinished.unlink(missing_ok=True)
                 return
+            os.truncate(unfinished, 0)  # what a process that was killed has left takes no room
             if size is not None and size > shutil.disk_usage(self.folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(unfinished))
             try:

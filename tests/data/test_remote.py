@@ -35,6 +35,7 @@ class Files(BaseHTTPRequestHandler):
     failing = 0  # so many requests for shards
     parts = True  # gives parts of files
     cut = 0  # so many answers end in the middle
+    short = 0  # so many parts end in the middle, and nothing tells their length
     denies_absent = False
     seconds = 0.0  # that the body of a whole shard takes
     asked: Counter[str]
@@ -64,6 +65,13 @@ class Files(BaseHTTPRequestHandler):
         if wanted:
             first, _, last = wanted.partition("-")
             data, status, size = data[int(first) : int(last or len(data)) + 1], 206, len(data)
+            if kind.short > 0 and body:
+                kind.short -= 1
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+                return
         self.send_response(status)
         if wanted:
             self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{size}")
@@ -180,13 +188,43 @@ def test_an_address_that_fails_for_good(files: tuple[str, type[Files]], tmp_path
         list(eval_batches(skipping.val, skipping, batch_size=2))
 
 
-def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec calls it a file that is not found: but it may be there a moment later."""
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(RemoteError, match=rf"cannot read {address}/.* after 6 attempts \(ClientConnectorError"):
-        load(address, tmp_path)
+def test_a_server_that_is_not_there_yet(files: tuple[str, type[Files]], tmp_path: Path, here: list[Any]) -> None:
+    """fsspec says of a connection that cannot be made that the file is not found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        RemoteError, match=r"cannot read http://.*tar after 6 attempts \(ClientConnectorError: Cannot con"
+    ):
+        load(f"http://127.0.0.1:{port}", tmp_path)
+    running = Server(("127.0.0.1", port), files[1], bind_and_activate=False)
+    running.server_bind()
+
+    def listen() -> None:
+        time.sleep(0.05)
+        running.server_activate()
+        running.serve_forever(poll_interval=0.02)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        assert contents(load(f"http://127.0.0.1:{port}", tmp_path).train) == here
+    finally:
+        running.shutdown()
+        running.server_close()
+
+
+def test_a_part_that_ends_too_soon_is_no_corrupt_image(
+    files: tuple[str, type[Files]], tmp_path: Path, here: list[Any]
+) -> None:
+    address, server = files
+    data = load(address, tmp_path)
+    server.short = 4
+    assert contents(data.train) == here
+    assert server.short == 0
+    server.short = 1000
+    skipping = type(data)(data.train, data.val, None, PREPROCESS, "skip")
+    with pytest.raises(RemoteError, match=r"val-0000\.tar after 6 attempts \(OSError: \d+ bytes of \d+ came\)"):
+        list(eval_batches(skipping.val, skipping, batch_size=2))
 
 
 def test_an_address_of_no_known_kind(tmp_path: Path) -> None:
@@ -323,6 +361,23 @@ def test_places_that_take_no_copies(
     full = r"data\.shard_cache=.*/ssd has 0\.0 GB free, and a copy of http://.*tar takes 0\.0 GB: choose another place"
     with pytest.raises(ValueError, match=full):
         load(files[0], tmp_path, shard_cache=str(tmp_path / "ssd"))
+
+
+def test_what_a_killed_process_has_left_takes_no_room(
+    files: tuple[str, type[Files]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[Any]
+) -> None:
+    folder = tmp_path / "ssd"
+    options = {"train": "train-0001.tar", "val": "train-0001.tar", "shard_cache": str(folder)}
+    load(files[0], tmp_path, **options)
+    (copy,) = folder.iterdir()
+    copy.rename(copy.with_name(f".{copy.name}.tmp"))  # as it is before it is finished
+    usage = remote.shutil.disk_usage(tmp_path)
+
+    def small(_: object) -> Any:
+        return usage._replace(free=15_000 - sum(path.stat().st_size for path in folder.iterdir()))
+
+    monkeypatch.setattr(remote.shutil, "disk_usage", small)
+    assert contents(load(files[0], tmp_path, **options).train) == here[3:]
 
 
 def test_copies_of_what_is_here_are_refused(sharded: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def bucket(sharded: Path) -> Iterator[dict[str, str]]:
+def bucket(sharded: Path, write_shard: Callable[..., None]) -> Iterator[dict[str, str]]:
     """Return the environment by which an S3 is found that holds the shards as s3://bucket/set."""
+    write_shard(sharded / "empty.tar", [("0001", {"jpg": b"", "cls": b"0"})])
     for name in ("s3fs", "moto", "flask", "flask_cors"):
         pytest.importorskip(name, reason="an S3 to test against is not here: pip install 'effnet-train[dev]'")
     command = [sys.executable, "-c", STORE]
@@ -80,16 +81,19 @@ def test_shards_in_s3(bucket: dict[str, str], sharded: Path, tmp_path: Path) -> 
     options = {"train": "train-*.tar", "val": "val-*.tar", "cache": str(tmp_path / "cache")}
     data = shards(str(sharded), **options, preprocess=Preprocess(8))
     (batch,) = eval_batches(data.train, data, batch_size=5)
-    *found, absent = in_s3(
+    *found, empty, absent = in_s3(
         bucket,
         tmp_path,
         {"train": BRACES},
         {"train": "train-*.tar"},
         {"train": BRACES, "shard_cache": str(tmp_path / "ssd")},
+        {"train": "empty.tar"},
         {"train": "train-{0000..0002}.tar"},
     )
     assert found == [[["ant", "bee"], batch.images.tolist()]] * 3
     assert len(os.listdir(tmp_path / "ssd")) == 2
+    # S3 gives the whole of a file to who asks for no byte of it.
+    assert empty.startswith("DataError: cannot read the image s3://bucket/set/empty.tar:0001.jpg: the file holds no")
     assert absent.startswith("FileNotFoundError: data.root=s3://bucket/set: there is no s3://bucket/set/train-0002.tar")
     (without,) = in_s3({key: value for key, value in bucket.items() if "KEY" not in key}, tmp_path, {"train": BRACES})
     assert without.startswith("PermissionError: cannot read s3://bucket/set/train-0000.tar: access denied (Unable to")
