@@ -160,7 +160,7 @@ def _edges(box: Box | None) -> Box:
 def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, list[int]]:
     """Decode and scale: return pixels (N, crops, R, R, 3) uint8 on the device, and whom the decoder could not read.
 
-    Those are black.
+    Those are black. There must be something to decode.
     """
     contents, size = batch.contents.numpy(), preprocess.resolution
     if not any(part.encoded or part.view != crop_view(part.view.box, preprocess) for part in batch.parts):
@@ -169,7 +169,7 @@ def crops(batch: Encoded, decode: Decoder, preprocess: Preprocess, device: torch
     files = [contents[batch.parts[row].start : batch.parts[row].stop] for row in coded]
     found = dict(zip(coded, decode(files, [batch.parts[row].view.box for row in coded]), strict=True))
     unread = [row for row in coded if found[row] is None]
-    views = len(batch.parts[0].view.corners) if batch.parts else 1
+    views = len(batch.parts[0].view.corners)
     pixels = torch.empty(len(batch.parts), views, size, size, 3, dtype=torch.uint8, device=device)
     # As floats they are four times as large: only some at a time, but rounded all of these at once.
     for first in range(0, len(batch.parts), _AT_ONCE):
@@ -201,8 +201,6 @@ def _cut(whole: Tensor, corner: tuple[int, int], shift: tuple[int, int], square:
 
 def augmented(pixels: Tensor, batch: Encoded, preprocess: Preprocess) -> Tensor:
     """Flip, apply the policy and erase: images (N, R, R, 3) uint8."""
-    if not len(pixels):
-        return pixels
     images = apply(flip(pixels, batch.flips), batch.steps)  # of the copy that flip makes, in place
     if batch.erased is None:
         return images

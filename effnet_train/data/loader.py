@@ -114,7 +114,15 @@ class _Shared(Dataset[Batch]):
     """
 
     def __init__(self, images: _Images, batch_size: int, batches: int) -> None:
-        self.images, self.rooms = images, images.empty(batches, batch_size).share_memory_()
+        rooms = images.empty(batches, batch_size)
+        try:
+            self.images, self.rooms = images, rooms.share_memory_()
+        except RuntimeError as error:
+            raise ValueError(
+                f"data workers need {rooms.nbytes / 1e9:.1f} GB of shared memory for {batches} batches of {batch_size} "
+                f"images, which is not to be had ({error}): set fewer workers=, more accumulate=, or give a container "
+                "more (docker run --shm-size=...)"
+            ) from error
 
     def __getitems__(self, placed: tuple[int, _Items]) -> Batch:
         place, items = placed
@@ -153,6 +161,8 @@ class _OnDevice:
         self.images, self.device, self.decode = images, device, decoder_on(device, images.backend)
 
     def __call__(self, prepared: Encoded) -> Batch:
+        if not prepared.parts:
+            return Batch(self.images.empty(0).to(self.device), prepared.labels, prepared.keys, prepared.errors)
         preprocess = self.images.preprocess
         pixels, unread = crops(prepared, self.decode, preprocess, self.device)
         if self.images.crops == 1:
@@ -215,7 +225,7 @@ def _identity(batch: Any) -> Any:
 
 
 def _batches(
-    images: _Images, lists: Iterable[_Items], workers: int, device: torch.device, batch_size: int
+    images: _Images, lists: "_MicroBatches | _Shares", workers: int, device: torch.device, batch_size: int
 ) -> Iterator[Batch]:
     """Yield the batch of each list of (index, key), of `batch_size` at most.
 
@@ -231,7 +241,7 @@ def _batches(
         yield from ahead(following, device, lambda batch: [batch.images])
     elif workers:
         # One place more than batches on their way: that of the batch which was asked for last, and is copied below.
-        shared = _Shared(images, batch_size, workers * _PREFETCH + 1)
+        shared = _Shared(images, batch_size, min(workers * _PREFETCH + 1, max(1, len(lists))))
         for batch in _loader(shared, shared.places(lists), workers, device):
             # The pinned is a copy already.
             yield batch if device.type == "cuda" else batch._replace(images=_copy(batch.images))
@@ -275,6 +285,20 @@ class _MicroBatches:
             indices, keys = self.order.batch(step)
             items = list(zip(indices.tolist(), keys.tolist(), strict=True))
             yield from (items[start : start + self.size] for start in range(0, len(items), self.size))
+
+
+class _Shares:
+    """The (index, index) lists of a rank's share of an evaluation, `starts.step` images each, made when asked for."""
+
+    def __init__(self, mine: range, starts: range) -> None:
+        self.mine, self.starts = mine, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[_Items]:
+        for start in self.starts:
+            yield [(i, i) for i in self.mine[start : start + self.starts.step]]
 
 
 def train_batches(
@@ -322,7 +346,7 @@ def eval_batches(
     """
     mine, most = range(rank, len(source), world_size), math.ceil(len(source) / world_size)
     assert crops in (1, 5)
-    lists = ([(i, i) for i in mine[start : start + batch_size]] for start in range(0, most, batch_size))
+    lists = _Shares(mine, range(0, most, batch_size))
     for batch in _batches(_Images(source, data, None, crops), lists, workers, device, min(batch_size, most)):
         _raise_errors(batch, data.on_error)
         yield batch

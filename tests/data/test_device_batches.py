@@ -279,7 +279,8 @@ def test_a_batch_of_which_nothing_can_be_read():
     found = data([b"broken"] * 4, "nvjpeg", Preprocess(16), on_error="skip")
     for crops in (1, 5):
         (batch,) = eval_batches(found.val, found, batch_size=4, crops=crops)
-        assert len(batch.images) == len(batch.labels) == 0
+        assert batch.images.shape == ((0, 16, 16, 3) if crops == 1 else (0, 5, 16, 16, 3))
+        assert len(batch.labels) == 0
         assert len(batch.errors) == 4
     with pytest.raises(DataError, match="10 images in a row cannot be read"):
         trained(found)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment
 from effnet_train.data.backends import open_picture
 from effnet_train.data.datasets import Data, image_folders
-from effnet_train.data.loader import DataError, eval_batches, listing, train_batches
+from effnet_train.data.loader import DataError, _Shared, eval_batches, listing, train_batches
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import Preprocess, eval_image, five_crops
+from effnet_train.data.sources import Subset
 from effnet_train.distributed import STOP_SIGNALS
 
 PREPROCESS = Preprocess(16)
@@ -295,6 +297,54 @@ def test_a_reader_that_stops_early_leaves_no_workers(image_root):
     batches.close()
     del batches
     assert multiprocessing.active_children() == []
+
+
+def test_no_batches_need_no_memory(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    assert list(train_batches(data, AUGMENT, Order(18, 6, 0), start=2, stop=2, workers=1)) == []
+    assert list(eval_batches(Subset(data.val, np.arange(0)), data, batch_size=4, workers=1)) == []
+
+
+def test_memory_is_shared_for_no_more_batches_than_there_are(image_root, monkeypatch):
+    rooms, make = [], _Shared.__init__
+    monkeypatch.setattr(
+        _Shared, "__init__", lambda self, images, *counts: rooms.append(counts) or make(self, images, *counts)
+    )
+    data = image_folders(str(image_root), preprocess=PREPROCESS)
+    for size in (5, 20):
+        expected = list(eval_batches(data.val, data, batch_size=size))
+        assert_same(list(eval_batches(data.val, data, batch_size=size, workers=2)), expected)
+    assert len(list(train_batches(data, AUGMENT, Order(18, 6, 0), start=0, stop=7, workers=2))) == 7
+    assert rooms == [(5, 3), (12, 1), (6, 5)]
+
+
+# What a container with little shared memory does: files may have 100 kB.
+LITTLE_MEMORY = """
+import resource, sys
+from effnet_train.data.augment import Augment
+from effnet_train.data.datasets import image_folders
+from effnet_train.data.loader import train_batches
+from effnet_train.data.order import Order
+from effnet_train.data.preprocess import Preprocess
+
+data = image_folders(sys.argv[1], preprocess=Preprocess(64))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    list(train_batches(data, Augment(), Order(18, 6, 0), start=0, stop=9, workers=1))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_too_little_shared_memory_is_told(image_root):
+    found = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(image_root)], capture_output=True, text=True, timeout=60
+    )
+    assert re.match(
+        r"data workers need 0\.0 GB of shared memory for 3 batches of 6 images, which is not to be had \(.*\): "
+        r"set fewer workers=, more accumulate=, or give a container more",
+        found.stdout,
+    ), found
 
 
 def test_skipped_images_are_listed_once(tmp_path):
