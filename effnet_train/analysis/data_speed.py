@@ -90,7 +90,7 @@ def ours(backend: str, shards: str | None = None) -> Contender:
             order, augment = Order(len(source), batch_size, seed=0), Augment(policy=AutoAugment())
             found = train_batches(data, augment, order, start=0, stop=10**9, workers=workers, device=device)
         else:
-            endless = _Repeated(source, 200_000)
+            endless = _Repeated(source, 10**9)
             data = Data(endless, endless, None, Preprocess(_RESOLUTION), "raise", backend)
             found = eval_batches(endless, data, batch_size=batch_size, workers=workers, device=device)
         return map(_arrived, found)
