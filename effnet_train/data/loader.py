@@ -232,7 +232,7 @@ def _batches(
     Its pixels are in pinned memory where the device is a GPU, or on the device if they are made there.
     """
     if images.backend in DEVICE_BACKENDS:
-        prepared, make = iter(_loader(_Samples(images), lists, workers, device)), _OnDevice(images, device)
+        prepared, make = _loader(_Samples(images), lists, workers, device), _OnDevice(images, device)
 
         def following() -> Batch | None:
             batch = next(prepared, None)
@@ -253,8 +253,9 @@ def _copy(images: Tensor) -> Tensor:
     return torch.from_numpy(images.numpy().copy())  # numpy: see `_Images.empty`
 
 
-def _loader(images: Dataset[Any], lists: Iterable[Any], workers: int, device: torch.device) -> DataLoader[Any]:
-    return DataLoader(
+def _loader(images: Dataset[Any], lists: Iterable[Any], workers: int, device: torch.device) -> Iterator[Any]:
+    """Return what is made of each of `lists`, begun at once."""
+    loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=lists,
         num_workers=workers,
@@ -264,6 +265,20 @@ def _loader(images: Dataset[Any], lists: Iterable[Any], workers: int, device: to
         multiprocessing_context=_worker_context() if workers else None,
         prefetch_factor=_PREFETCH if workers else None,
     )
+    return _received(iter(loader))
+
+
+def _received(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield a DataLoader's batches. Raises RuntimeError of a worker that has died."""
+    try:
+        yield from batches
+    # The fork server may tell of a death only after what the dead one had ready could not be fetched from it.
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
+    except RuntimeError as error:
+        if not str(error).startswith("Pin memory thread exited"):  # of the same, in a thread of its own
+            raise
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({error})") from error
 
 
 class _MicroBatches:

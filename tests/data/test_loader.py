@@ -1,7 +1,12 @@
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -288,8 +293,6 @@ def test_other_errors_are_not_taken_for_corrupt_images():
 
 
 def test_a_reader_that_stops_early_leaves_no_workers(image_root):
-    import multiprocessing
-
     data = image_folders(str(image_root), preprocess=PREPROCESS)
     batches = train_batches(data, AUGMENT, Order(18, 3, 0), start=0, stop=1000, workers=2)
     next(batches)
@@ -297,6 +300,48 @@ def test_a_reader_that_stops_early_leaves_no_workers(image_root):
     batches.close()
     del batches
     assert multiprocessing.active_children() == []
+
+
+class Deadly(Numbers):
+    """Whose reader dies at the sixth image, when the two batches of two before have been sent."""
+
+    def read(self, index):
+        if index == 5:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def ended(pid):
+    """Say whether a process is dead, if only as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("backend", "noticed"),
+    [("simplejpeg", True), ("simplejpeg", False), pytest.param("hybrid", True, marks=pytest.mark.slow)],
+)
+def test_a_dead_worker_is_told_and_nothing_hangs(backend, noticed):
+    """Also where the server that workers come from has not noticed yet."""
+    source = Deadly(8)
+    batches = eval_batches(source, Data(source, source, None, Preprocess(4), "raise", backend), batch_size=2, workers=1)
+    assert len(next(batches).labels) == 2
+    (worker,), server = multiprocessing.active_children(), forkserver._forkserver._forkserver_pid
+    if not noticed:
+        os.kill(server, signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 20
+        while not ended(worker.pid):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        threading.Timer(0.5, os.kill, (server, signal.SIGCONT)).start()
+        with pytest.raises(RuntimeError, match=r"^DataLoader worker .*exited unexpectedly"):
+            list(batches)
+    finally:
+        os.kill(server, signal.SIGCONT)
 
 
 def test_no_batches_need_no_memory(image_root):
