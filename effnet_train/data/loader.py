@@ -1,5 +1,6 @@
 """Batches of decoded, augmented images from worker processes."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -32,6 +33,8 @@ from effnet_train.distributed import STOP_SIGNALS
 
 # How many neighbours stand in for a corrupt training image before the loader gives up.
 _SUBSTITUTES = 10
+# Errors that say nothing of the image: passed over, they would take one after another for corrupt.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _CPU = torch.device("cpu")
 # Batches that a worker may be ahead.
 _PREFETCH = 2
@@ -96,6 +99,8 @@ class _Images(Dataset[Batch]):
                 data, label = self.source.read(place)
                 return make(data, key), label, place
             except (DecodeError, OSError) as error:
+                if getattr(error, "errno", None) in _OF_THE_MACHINE:
+                    raise
                 errors.append(f"{self.source.name(place)}: {error}")
         return None
 

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -290,6 +291,19 @@ def test_other_errors_are_not_taken_for_corrupt_images():
     data = Data(Faulty(3), Faulty(3), None, Preprocess(4), "skip")
     with pytest.raises(KeyError, match="a mistake of ours"):
         list(eval_batches(data.val, data, batch_size=2))
+
+
+def test_want_of_open_files_is_no_corrupt_image(image_root):
+    data = image_folders(str(image_root), preprocess=PREPROCESS, on_error="skip")
+    expected = list(eval_batches(data.val, data, batch_size=4))  # what needs to be imported is
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, former[1]))
+    try:
+        with pytest.raises(OSError, match=rf"Too many open files: '{image_root}"):
+            list(eval_batches(data.val, data, batch_size=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)
+    assert_same(list(eval_batches(data.val, data, batch_size=4)), expected)
 
 
 def test_a_reader_that_stops_early_leaves_no_workers(image_root):
