@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_h
 from hydra.utils import get_object
 
 from effnet_train.data.classes import Match
-from effnet_train.engine.checkpoint import Checkpoints
 from effnet_train.engine.every import Every
+from effnet_train.engine.saving import Checkpoints
 
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]  # those of distributed.STOP_SIGNALS
 # The top-level keys of each command, which are no constructor's arguments. The parts check themselves by theirs.

@@ -25,7 +25,6 @@ from effnet_train.distributed import Session, sync_batch_norm
 from effnet_train.engine.checkpoint import (
     BEST,
     EXPORT,
-    Checkpoints,
     Weights,
     export_safetensors,
     load_weights,
@@ -35,6 +34,7 @@ from effnet_train.engine.evaluate import evaluate
 from effnet_train.engine.faults import Faults, RollBackError, passed_over
 from effnet_train.engine.faults import read as read_faults
 from effnet_train.engine.loggers import Logger
+from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
@@ -51,8 +51,11 @@ def prepare(
     `fault` sent it back there: the batches that led to it are passed over from now on.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    checkpoints = Checkpoints(folder, **cfg.checkpoint)
+    checkpoints = Checkpoints(folder, **config["checkpoint"])
     run_folder.check(folder, config)
+    with session.main_first():
+        if session.is_main:
+            checkpoints.fetch(partial(run_folder.check, config=config))
     former = checkpoints.newest()
     step = former["step"] if former else 0
     if session.broadcast(step) != step:
@@ -80,6 +83,7 @@ def prepare(
         run_folder.claim(folder, config)
         if session.is_main:
             checkpoints.clear_unfinished()
+            checkpoints.announce()
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)

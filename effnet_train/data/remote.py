@@ -57,8 +57,8 @@ def _options(url: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE_S)}}
 
 
-def retried(what: str, read: Callable[[], Result]) -> Result:
-    """Return what `read` returns, trying again after ever longer waits where it fails.
+def retried(what: str, read: Callable[[], Result], *, doing: str = "read") -> Result:
+    """Return what `read` returns, trying again after ever longer waits where it fails; `doing` is for messages.
 
     Raises RemoteError naming the last reason after all attempts; at once FileNotFoundError, PermissionError, and
     OSError of a full disk.
@@ -69,13 +69,13 @@ def retried(what: str, read: Callable[[], Result]) -> Result:
             return read()
         except Exception as error:  # each file system has errors of its own
             if _is_denied(error):
-                raise PermissionError(f"cannot read {what}: access denied ({error}){_credentials(what)}") from error
+                raise PermissionError(f"cannot {doing} {what}: access denied ({error}){_credentials(what)}") from error
             if _is_final(error):
                 raise
             if attempt == _ATTEMPTS:
                 first = _connection_error(error) or error
                 reason = f"{type(first).__name__}: {first}".splitlines()[0]
-                raise RemoteError(f"cannot read {what} after {_ATTEMPTS} attempts ({reason})") from error
+                raise RemoteError(f"cannot {doing} {what} after {_ATTEMPTS} attempts ({reason})") from error
         # Many processes that failed together should not come back together.
         time.sleep(wait * random.uniform(0.5, 1.5))
         wait *= 2

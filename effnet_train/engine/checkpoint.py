@@ -5,14 +5,11 @@ import json
 import os
 import pickle
 import re
-import shutil
-import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor
 
 from effnet_train.data.preprocess import Preprocess
-from effnet_train.engine.snapshot import Snapshot
 from effnet_train.models import formats, pretrained, published
 from effnet_train.models.tf_checkpoint import read_tensorflow
 
@@ -31,7 +27,7 @@ _GRAPHS = (".onnx", ".pt2")
 _KEYS = ("effnet_train", "step", "model", "ema", "meta")
 EXPORT = "model.safetensors"  # the hub's name for it too
 _INDEX = ".index"  # of a TensorFlow checkpoint
-_NAME = re.compile(r"step_(\d{9})\.pt")
+_NAME = re.compile(r"step_(\d{9})(\.milestone)?\.pt")
 
 
 class CheckpointError(ValueError):
@@ -56,7 +52,8 @@ def write_atomically(path: Path, write: _Writer) -> None:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that has gone, this fails as well, for a reason that says less
+            Path(name).unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -108,140 +105,21 @@ def _check_sums(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
 
 
-@dataclass
-class Checkpoints:
-    """The checkpoints of one run's folder: `step_*.pt` and `best.pt`.
-
-    Of the former the last `keep` stay, and those of the multiples of `keep_period` steps. A save that fails is reported
-    and tried again at the next; failing at `max_failures` steps in a row ends the run. With `background`, training
-    waits for a copy in host memory only; a thread writes it, and the next save, or `settle`, tells how that went.
-    """
-
-    folder: Path
-    keep: int = 3
-    keep_period: int | None = None
-    max_failures: int = 3
-    background: bool = True
-    failed_steps: set[int] = field(default_factory=set, init=False)
-    _snapshot: Snapshot = field(default_factory=Snapshot, init=False, repr=False)
-    _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
-    _writing: tuple[Path, int, Future[None]] | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep}: at least 1 must stay, to resume from")
-        if self.keep_period is not None and self.keep_period < 1:
-            raise ValueError(f"checkpoint.keep_period={self.keep_period} must be a number of steps, or null for none")
-
-    def steps(self) -> list[int]:
-        """Return the steps there are checkpoints of, oldest first."""
-        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step_*.pt"))
-        return sorted(int(match[1]) for match in names if match)
-
-    def path(self, step: int) -> Path:
-        """Return where the checkpoint of `step` lies."""
-        return self.folder / f"step_{step:09d}.pt"
-
-    def newest(self) -> dict[str, Any] | None:
-        """Read the newest good checkpoint, or return None where there is none; say so of each damaged one passed over.
-
-        The best one is the last resort. Raises CheckpointError where all are damaged: starting anew is for the user to
-        decide.
-        """
-        best = self.folder / BEST
-        paths = [*(self.path(step) for step in reversed(self.steps())), *([best] if best.is_file() else [])]
-        for path in paths:
-            try:
-                return load_checkpoint(path)
-            except CheckpointError as error:
-                print(f"warning: {error}; trying the one before", file=sys.stderr)
-        if paths:
-            raise CheckpointError(
-                f"all {len(paths)} checkpoints of {self.folder} are damaged: move the folder away to start anew"
-            )
-        return None
-
-    def best_step(self) -> int | None:
-        """Return the step of `best.pt`, or None where it is absent or damaged."""
-        try:
-            return int(load_checkpoint(self.folder / BEST)["step"])
-        except CheckpointError:
-            return None
-
-    def clear_unfinished(self) -> None:
-        """Remove what processes that were killed while they wrote a checkpoint have left."""
-        for pattern in (".step_*.pt-*", f".{BEST}-*"):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
-
-    def save(self, payload: Mapping[str, Any], *, must: bool = False) -> None:
-        """Write the checkpoint of `payload["step"]` and drop the oldest ones.
-
-        `must` waits until it is on the disk, and makes any failure an error.
-        """
-        self.settle()
-        step = payload["step"]
-        if must or not self.background:
-            self._write(self.path(step), step, lambda: self._save(payload), must=must)
-            return
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = self.path(step), step, self._thread.submit(self._save, self._snapshot(dict(payload)))
-
-    def save_best(self, payload: Mapping[str, Any]) -> bool:
-        """Write `best.pt`, at once, as its score is worth nothing without it; say whether that went well."""
-        self.settle()
-        path = self.folder / BEST
-        return self._write(path, payload["step"], lambda: write_atomically(path, partial(torch.save, payload)))
-
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written. Raises OSError where saving has failed too often."""
-        if self._writing is not None:
-            (path, step, future), self._writing = self._writing, None
-            self._write(path, step, future.result)
-
-    def close(self) -> None:
-        """Settle, and say what went wrong instead of raising it."""
-        try:
-            self.settle()
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr)
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
-
-    def _save(self, payload: Mapping[str, Any]) -> None:
-        write_atomically(self.path(payload["step"]), partial(torch.save, payload))
-        # Of later steps there may be damaged ones, which are no reason to drop a good one.
-        former = [step for step in self.steps() if step <= payload["step"]]
-        for step in former[: -self.keep]:
-            if self.keep_period is None or step % self.keep_period:
-                self.path(step).unlink(missing_ok=True)
-
-    def _write(self, path: Path, step: int, write: Callable[[], None], *, must: bool = False) -> bool:
-        """Do what writes `path`, or wait for it, and say whether it went well."""
-        try:
-            write()
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            self.failed_steps.add(step)
-            reason = error.strerror if isinstance(error, OSError) else f"{error}; {_free(path.parent)}"
-            text = f"cannot write {path} ({reason})"
-            if must:
-                raise OSError(f"{text}; the checkpoints before it are intact") from error
-            if len(self.failed_steps) >= self.max_failures:
-                raise OSError(
-                    f"{text}, at {self.max_failures} steps in a row; the checkpoints before it are intact"
-                ) from error
-            print(f"warning: {text}; the one before is intact, training goes on", file=sys.stderr)
-            return False
-        self.failed_steps.clear()
-        return True
+def step_files(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints `step_*.pt` of a run's folder by their steps, oldest first."""
+    found = sorted((match, path) for path in folder.glob("step_*.pt") if (match := step_of(path.name)) is not None)
+    return dict(found)
 
 
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,} bytes are free on that disk"
-    except OSError as error:  # a mount that has vanished
-        return f"{folder}: {error.strerror}"
+def step_name(step: int, *, milestone: bool = False) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step_{step:09d}{'.milestone' * milestone}.pt"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step that a file's name is of; None where it is no checkpoint's, or that of `best.pt`."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -259,11 +137,11 @@ def find_checkpoint(path: Path) -> Path:
             f"checkpoint={path} does not exist: give a .pt or .safetensors file, or a run's folder, or a name "
             f"({'..., '.join(published.PREFIXES)}...)"
         )
-    steps = Checkpoints(path).steps()
     if (path / BEST).is_file():
         return path / BEST
+    steps = step_files(path)
     if steps:
-        return Checkpoints(path).path(steps[-1])
+        return steps[max(steps)]
     if (path / EXPORT).is_file():
         return path / EXPORT
     raise CheckpointError(f"checkpoint={path} holds neither {BEST} nor step_*.pt: is it a run's folder?")

@@ -14,11 +14,11 @@ from effnet_train.data.loader import Batch
 from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
-from effnet_train.engine.checkpoint import Checkpoints
 from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
 from effnet_train.engine.faults import Faults, NotFiniteError, RollBackError
 from effnet_train.engine.loggers import Logger, tell
+from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.models.layers import frozen_statistics
@@ -207,6 +207,7 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
         stopped = _look(run, clock, notice)
         if stopped:
             break
+    _settle(run)
     # An evaluation that a signal put off is still to be done.
     return state.step == plan.total_steps and not (stopped and state.evaluated < state.step)
 
@@ -221,29 +222,45 @@ def _look(run: Run, clock: "Clock", notice: PreemptionNotice) -> bool:
     stopped, trained = notice.agreed(), clock.steps > 0
     if clock.images and plan.due(plan.log, state.step):
         _log_training(run, clock)
-    saved = trained and (stopped or plan.due(plan.save, state.step))
+    end = state.step == plan.total_steps
+    saved = trained and (stopped or plan.due(plan.save, state.step) or _is_milestone(run))
     if saved:
-        _save(run, must=stopped or state.step == plan.total_steps)
+        _save(run, must=stopped or end)
     # A signal leaves little time: the evaluation that is due is then made on resuming.
     if not stopped and state.evaluated < state.step and plan.due(plan.evaluate, state.step):
         try:
-            _evaluate(run, notice)
+            best_before = _evaluate(run, notice)
         except Interrupted:
             stopped = True
-            if trained and not saved:
+            _settle(run)
+            if trained and not run.session.broadcast(run.checkpoints.written == state.step):
                 _save(run, must=True)
         else:
-            if saved or not trained:  # so that a checkpoint of this step knows what was found
-                _save(run, must=state.step == plan.total_steps)
+            step = saved or not trained  # so that a checkpoint of this step knows what was found
+            if step or best_before is not None:
+                _save(run, step=step, best_before=best_before, must=end)
     clock.start()  # looking is not training: it does not count against images/s
     return stopped
 
 
-def _save(run: Run, *, must: bool) -> None:
+def _is_milestone(run: Run) -> bool:
+    return run.checkpoints.is_milestone(run.state.step, run.plan.batch_size, run.plan.num_images)
+
+
+def _save(run: Run, *, must: bool, step: bool = True, best_before: Mapping[str, float] | None = None) -> None:
+    """Hand the state to `Checkpoints.save`; it is written while training goes on."""
     _check_finite(run)
+    _settle(run)
     payload = _payload(run)
     if run.session.is_main:
-        run.checkpoints.save(payload, must=must)
+        run.checkpoints.save(payload, step=step, best_before=best_before, milestone=_is_milestone(run), must=must)
+
+
+def _settle(run: Run) -> None:
+    """Wait for the save that is under way; what is said to be the best must be there, and is so on every rank."""
+    best = run.session.broadcast(run.checkpoints.settle())
+    if best is not None:
+        run.state.best = dict(best)
 
 
 def _log_training(run: Run, clock: "Clock") -> None:
@@ -278,6 +295,7 @@ def _not_finite(run: Run, step: int, what: str) -> NotFiniteError:
     if run.faults.may_roll_back:
         return RollBackError(f"{what} is not a finite number at step {step}", step=step, what=what)
     run.faults.record(step, what, action="stop")
+    run.checkpoints.wait()
     steps = run.checkpoints.steps()
     kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
     return NotFiniteError(
@@ -289,8 +307,11 @@ def _not_finite(run: Run, step: int, what: str) -> NotFiniteError:
     )
 
 
-def _evaluate(run: Run, notice: PreemptionNotice) -> None:
-    """Score raw and averaged weights, log both, and keep the best. Raises Interrupted where ranks agree to stop."""
+def _evaluate(run: Run, notice: PreemptionNotice) -> Mapping[str, float] | None:
+    """Score raw and averaged weights, and log both; where they are the best, return what the best was before.
+
+    Raises Interrupted where ranks agree to stop.
+    """
     state = run.state
     _check_finite(run)
     results = run.evaluate({"val": state.model, "val_ema": state.ema.module}, notice.agreed)
@@ -299,13 +320,12 @@ def _evaluate(run: Run, notice: PreemptionNotice) -> None:
         values |= metrics.scalars(name)
     state.evaluated = state.step
     tell(run.loggers, lambda logger: logger.scalars(state.step, values, epoch=run.plan.epoch(state.step)))
+    _settle(run)
     former = state.best
     if not former or is_better(values[run.select_by], former[run.select_by], least=run.select_by.endswith("loss")):
         state.best = {"step": state.step, **values}
-        payload = _payload(run)
-        written = run.session.is_main and run.checkpoints.save_best(payload)
-        if not run.session.broadcast(written):
-            state.best = former  # what is said to be the best must be there
+        return former
+    return None
 
 
 def is_better(score: float, former: float, *, least: bool) -> bool:

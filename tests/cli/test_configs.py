@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 from effnet_train.cli import check
 from effnet_train.cli.app import CONFIG_DIR
-from effnet_train.engine.checkpoint import Checkpoints
+from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.every import Every
 
 Compose = Callable[..., dict[str, Any]]

@@ -17,7 +17,8 @@ import torch
 
 from effnet_train.data.loader import Batch
 from effnet_train.distributed import PreemptionNotice
-from effnet_train.engine.checkpoint import Checkpoints, load_checkpoint
+from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.state import TrainState
 from effnet_train.engine.train import Stepper
 
@@ -151,11 +152,11 @@ def test_a_kill_between_an_evaluations_line_and_its_checkpoint(train: Train, mon
     whole = train("whole")
     save, saved = Checkpoints.save, []
 
-    def killed(self: Checkpoints, payload: Any, *, must: bool = False) -> None:
+    def killed(self: Checkpoints, payload: Any, **options: Any) -> None:
         saved.append(payload["step"])
         if len(saved) == 2:  # the second save of step 2, with the evaluation's scores
             raise KeyboardInterrupt
-        save(self, payload, must=must)
+        save(self, payload, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", killed)

@@ -1,0 +1,72 @@
+"""A run's folder elsewhere (s3://, gs://, ... through fsspec), for machines whose own disks do not last."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from effnet_train.data.remote import file_system, is_remote, retried
+
+_EVENTS = "*/events.out.tfevents.*"  # TensorBoard's
+
+
+class RemoteFolder:
+    """The folder `url`, which is given what lies in the folder `local`; names are relative to either.
+
+    Raises ValueError, or ImportError naming the extra.
+    """
+
+    def __init__(self, local: Path, url: str) -> None:
+        if not is_remote(url):
+            raise ValueError(f"checkpoint.remote={url} is no URL: give s3://bucket/folder, gs://..., or null for none")
+        self.local = local
+        self.url = f"{url.rstrip('/')}/{local.name}"
+        self._system: Any = file_system(self.url)
+        self._put: dict[str, tuple[int, int]] = {}  # size and time of what was put
+
+    def names(self) -> list[str]:
+        """Return what files there are; none where there is no such folder."""
+        self._system.invalidate_cache()  # another machine may have written there
+        root = self._system._strip_protocol(self.url).rstrip("/") + "/"
+        found = retried(self.url, lambda: self._system.find(root))
+        names = (name.removeprefix(root) for name in found if name.startswith(root))
+        return sorted(name for name in names if ".." not in name.split("/"))
+
+    def put(self, names: Sequence[str]) -> None:
+        """Write files there, in this order, that are not there as they are now. Stores show an object when it is whole.
+
+        Raises OSError, or RemoteError after some attempts.
+        """
+        for name in names:
+            try:
+                status = (self.local / name).stat()
+            except FileNotFoundError:  # its writer has replaced or removed it
+                continue
+            state = status.st_size, status.st_mtime_ns
+            if self._put.get(name) != state:
+                source, target = str(self.local / name), f"{self.url}/{name}"
+                retried(target, partial(self._system.put_file, source, target), doing="write")
+                self._put[name] = state
+
+    def get(self, name: str, folder: Path) -> None:
+        """Fetch a file into another folder. Raises OSError, or RemoteError after some attempts."""
+        path, source = folder / name, f"{self.url}/{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        retried(source, lambda: self._system.get_file(source, str(path)))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def remove(self, name: str) -> None:
+        """Remove a file there."""
+        retried(f"{self.url}/{name}", lambda: self._system.rm_file(f"{self.url}/{name}"), doing="remove")
+        self._put.pop(name, None)
+
+    def beside(self) -> list[str]:
+        """Return the names of what lies in the local folder beside the checkpoints: configuration, faults, logs."""
+        files = [path for pattern in ("*", _EVENTS) for path in self.local.glob(pattern) if path.is_file()]
+        return sorted(
+            str(path.relative_to(self.local))
+            for path in files
+            if not path.name.startswith(".") and path.suffix not in (".pt", ".tmp")
+        )
