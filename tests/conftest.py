@@ -1,7 +1,10 @@
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
@@ -131,6 +134,50 @@ class _HubRequest(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+# A process of its own: the store keeps sockets open, and so does the library that reads from it.
+_S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+class S3(NamedTuple):
+    """An S3 on this machine, and the environment by which programs find it."""
+
+    environment: dict[str, str]
+
+    def put(self, name: str, data: bytes = b"") -> None:
+        """Make the object `bucket/key`, or the bucket `bucket`."""
+        address, headers = self.environment["AWS_ENDPOINT_URL"], {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{address}/{name}", data=data, method="PUT", headers=headers)
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    """Return an S3 that holds an empty bucket `bucket`."""
+    for name in ("s3fs", "moto", "flask", "flask_cors"):
+        pytest.importorskip(name, reason="an S3 to test against is not here: pip install 'effnet-train[dev]'")
+    command = [sys.executable, "-c", _S3]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as store:
+        assert store.stdin is not None
+        assert store.stdout is not None
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+        keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        address = f"http://127.0.0.1:{store.stdout.readline().strip()}"
+        running = S3({**kept, "AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true", **keys})
+        running.put("bucket")
+        try:
+            yield running
+        finally:
+            store.stdin.close()
 
 
 @pytest.fixture

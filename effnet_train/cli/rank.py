@@ -53,7 +53,7 @@ def prepare(
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoints = Checkpoints(folder, **config["checkpoint"])
     run_folder.check(folder, config)
-    with session.main_first():
+    with session.main_first():  # the others come when rank 0 has written, and fetched, what all are about to read
         if session.is_main:
             checkpoints.fetch(partial(run_folder.check, config=config))
     former = checkpoints.newest()

@@ -90,7 +90,6 @@ def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
             except RollBackError as error:
                 # Without its traceback, which holds on to the network and all else that is about to be built anew.
                 fault = error.with_traceback(None)
-                session.barrier()  # rank 0 has written the checkpoint that all are about to read
     if not done:
         raise SystemExit(PREEMPTED_EXIT_CODE)
 

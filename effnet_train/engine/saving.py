@@ -5,8 +5,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -287,7 +287,9 @@ class Checkpoints:
         if self.remote is None:
             return
         self._elsewhere = RemoteFolder(self.folder, self.remote)
-        names, here = self._elsewhere.names(), self._good_step()
+        with self._named():
+            names = self._elsewhere.names()
+        here = self._good_step()
         further = [name for name in names if (step_of(name) or -1) > here]
         if not further:
             return
@@ -314,12 +316,19 @@ class Checkpoints:
 
     def announce(self) -> None:
         """Write the configuration to `remote`, so that a wrong name or want of access is found before any training."""
-        if self._elsewhere is None:
-            return
+        if self._elsewhere is not None:
+            with self._named():
+                self._elsewhere.put(self._elsewhere.beside())
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            self._elsewhere.put(self._elsewhere.beside())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"checkpoint.remote={self.remote}: there is no such place ({error})") from error
+            yield
+        except FileNotFoundError as error:  # stores need no folders, but buckets
+            raise FileNotFoundError(
+                f"checkpoint.remote={self.remote}: there is no such place ({error}); give a bucket that is there, or "
+                "null for none"
+            ) from error
 
     def _good_step(self) -> int:
         for step, path in reversed(step_files(self.folder).items()):

@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 
 from effnet_train.cli import check
 from effnet_train.cli.app import CONFIG_DIR
-from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.every import Every
+from effnet_train.engine.saving import Checkpoints
 
 Compose = Callable[..., dict[str, Any]]
 

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,6 @@ from effnet_train.data.loader import eval_batches
 from effnet_train.data.preprocess import Preprocess
 
 BRACES = "train-{0000..0001}.tar"
-# A process of its own: the store keeps sockets open, and so does the library that reads from it.
-STORE = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-server.stop()
-"""
 PROGRAM = """
 import json, sys
 from effnet_train.data.archives import shards
@@ -46,27 +35,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def bucket(sharded: Path, write_shard: Callable[..., None]) -> Iterator[dict[str, str]]:
+def bucket(s3: Any, sharded: Path, write_shard: Callable[..., None]) -> dict[str, str]:
     """Return the environment by which an S3 is found that holds the shards as s3://bucket/set."""
     write_shard(sharded / "empty.tar", [("0001", {"jpg": b"", "cls": b"0"})])
-    for name in ("s3fs", "moto", "flask", "flask_cors"):
-        pytest.importorskip(name, reason="an S3 to test against is not here: pip install 'effnet-train[dev]'")
-    command = [sys.executable, "-c", STORE]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as store:
-        assert store.stdin is not None
-        assert store.stdout is not None
-        address = f"http://127.0.0.1:{store.stdout.readline().strip()}"
-        objects = {f"bucket/set/{file.name}": file.read_bytes() for file in sharded.iterdir()}
-        for name, data in {"bucket": b"", **objects}.items():
-            headers = {"Content-Type": "application/octet-stream"}
-            request = urllib.request.Request(f"{address}/{name}", data=data, method="PUT", headers=headers)
-            urllib.request.urlopen(request, timeout=30).close()
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
-        keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-        try:
-            yield {**kept, "AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true", **keys}
-        finally:
-            store.stdin.close()
+    for file in sharded.iterdir():
+        s3.put(f"bucket/set/{file.name}", file.read_bytes())
+    environment: dict[str, str] = s3.environment
+    return environment
 
 
 def in_s3(environment: dict[str, str], tmp_path: Path, *options: dict[str, str]) -> list[Any]:

@@ -1,6 +1,7 @@
 """Stop it anywhere, run the same command: the same bits."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -27,8 +29,13 @@ VARYING = ("train/images_per_s", "train/data_wait")  # what depends on the clock
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    payload = load_checkpoint(folder / f"step_{step:09d}.pt")
-    del payload["provenance"]  # the command's words, among others
+    return without_provenance(folder / f"step_{step:09d}.pt")
+
+
+def without_provenance(path: Path) -> dict[str, Any]:
+    """Return a checkpoint without what differs from one command to another that does the same."""
+    payload = load_checkpoint(path)
+    del payload["provenance"]
     return payload
 
 
@@ -169,6 +176,108 @@ def test_a_kill_between_an_evaluations_line_and_its_checkpoint(train: Train, mon
     assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
 
 
+def slow_disk(monkeypatch: pytest.MonkeyPatch, fails: Sequence[str] = ()) -> None:
+    """Make each write take a while, or fail where it is of one of these names, each once."""
+    left, replace = list(fails), os.replace
+
+    def slow(source: str, target: Path) -> None:
+        if str(target).endswith(".pt"):
+            time.sleep(0.3)
+            if Path(target).name in left:
+                left.remove(Path(target).name)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+
+
+def test_who_leaves_has_all_on_the_disk(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow it is: at a signal, in an evaluation whose checkpoint is under way, and at the end."""
+    options = ("max_steps=4", "evaluate_every.steps=2", "save_every.steps=1", "eval_batch_size=100")
+    whole = train("whole", *options)
+    agreed, asked = PreemptionNotice.agreed, []
+
+    def with_signal(self: PreemptionNotice) -> bool:
+        asked.append(True)
+        if len(asked) in (2, 7):  # the first step; the evaluation after the second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed(self)
+
+    with monkeypatch.context() as patch:
+        slow_disk(patch)
+        patch.setattr(PreemptionNotice, "agreed", with_signal)
+        for step in (1, 2):
+            with pytest.raises(SystemExit) as left:
+                train("parts", *options)
+            assert left.value.code == 75
+            assert Checkpoints(whole.with_name("parts")).steps()[-1] == step
+            assert not list(whole.with_name("parts").glob(".*.pt-*"))
+        parts = train("parts", *options)
+    assert same(state(whole, 4), state(parts, 4))
+    assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
+    assert rows(whole) == rows(parts)
+
+
+def test_who_leaves_in_an_evaluation_saves_what_the_disk_refused_before(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("max_steps=4", "evaluate_every.steps=2", "save_every.steps=2", "eval_batch_size=100")
+    agreed, asked = PreemptionNotice.agreed, []
+
+    def with_signal(self: PreemptionNotice) -> bool:
+        asked.append(True)
+        if len(asked) == 5:  # the start, two steps, two of the evaluation's four batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed(self)
+
+    with monkeypatch.context() as patch:
+        slow_disk(patch, fails=["step_000000002.pt"])
+        patch.setattr(PreemptionNotice, "agreed", with_signal)
+        with pytest.raises(SystemExit) as left:
+            train("parts", *options)
+    assert left.value.code == 75
+    assert Checkpoints(tmp_path / "parts").steps() == [2]
+    assert same(state(train("parts", *options), 4), state(train("whole", *options), 4))
+
+
+def test_a_best_that_was_not_written_is_not_the_best(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are compared with what is there; with the first left out, the run's best is the second, as it is alone."""
+    options = ("max_steps=4", "evaluate_every.steps=2", "save_every.steps=2")
+    with monkeypatch.context() as patch:
+        slow_disk(patch, fails=["best.pt"])
+        parts = train("parts", *options)
+    assert state(parts, 2)["best"] == {}
+    best = load_checkpoint(parts / "best.pt")
+    assert best["step"] == best["best"]["step"] == state(parts, 4)["best"]["step"] == 4
+    assert json.loads((parts / "summary.json").read_text())["best"]["step"] == 4
+    assert same(state(train("whole", *options), 4)["model"], state(parts, 4)["model"])
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_milestones_and_a_copy_elsewhere(train: Train, tmp_path: Path, background: str) -> None:
+    """A milestone is saved at its own step; on a machine that has nothing, or less, the run goes on from the copy."""
+    options = ("max_steps=9", "save_every.steps=4", "checkpoint.milestones=[0.03]", "checkpoint.keep=1")
+    options = (*options, f"checkpoint.background={background}", f"checkpoint.remote=memory://{tmp_path.name}")
+    whole = train("whole", *options)
+    names = {"step_000000003.milestone.pt", "step_000000009.pt", "best.pt", "model.safetensors", "summary.json"}
+    found = {path.name for path in whole.iterdir()}
+    assert names <= found
+    assert {name for name in found if name.startswith("step_")} < names
+    there = fsspec.filesystem("memory").find(f"/{tmp_path.name}/whole")
+    assert {path.rpartition("/whole/")[2].partition("/")[0] for path in there} == found
+    for step in (4, 6):
+        train("parts", *options, f"max_steps={step}")
+        shutil.rmtree(tmp_path / "parts")
+    parts = train("parts", *options)
+    assert same(state(whole, 9), state(parts, 9))
+    assert same(load_checkpoint(whole / "best.pt"), load_checkpoint(parts / "best.pt"))
+    assert rows(whole) == rows(parts)
+    shutil.rmtree(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"model\.dropout was 0\.2, now 0\.3"):
+        train("parts", *options, "model.dropout=0.3")
+    assert not list((tmp_path / "parts").glob("*.pt"))
+
+
 def test_a_run_that_goes_on_needs_no_more_what_it_started_from(train: Train) -> None:
     source = train("source")
     start = f"init_from={source}"
@@ -293,6 +402,45 @@ def test_killed_and_terminated_for_real(tmp_path: Path, ranks: int) -> None:
     _, errors = finished.communicate(timeout=240)
     assert finished.returncode == 0, errors
     assert same(state(tmp_path / "whole", 40), state(tmp_path / "parts", 40))
+
+
+SLOW = """
+import os, time
+replace = os.replace
+def stuck(source, target):
+    if str(target).endswith("step_000000020.pt"):
+        time.sleep(600)
+    replace(source, target)
+os.replace = stuck
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_training_is_ahead_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the disk stuck, training goes on to its next save; after SIGKILL, the run goes on from the one before."""
+    options = ("loggers.tensorboard=null", "log_every.steps=1", "log_every.epochs=null", "batch_size=48")
+    undisturbed = start(tmp_path, *options, "name=whole")
+    _, errors = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, errors
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW)
+    folder = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+        killed = start(tmp_path, *options, "name=parts")
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("train/loss") >= 29, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert Checkpoints(folder).steps() == [10]
+    assert len(list(folder.glob(".step_000000020.pt-*"))) == 1
+    finished = start(tmp_path, *options, "name=parts")
+    _, errors = finished.communicate(timeout=240)
+    assert finished.returncode == 0, errors
+    assert same(state(tmp_path / "whole", 40), state(folder, 40))
+    assert same(*(without_provenance(tmp_path / name / "best.pt") for name in ("whole", "parts")))
+    assert rows(tmp_path / "whole") == rows(folder)
+    assert not list(folder.glob(".*.pt-*"))
 
 
 def alive(session_id: int) -> list[str]:

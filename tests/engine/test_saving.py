@@ -480,3 +480,47 @@ def test_a_store_that_fails_is_told_and_counted_and_what_is_here_is_written(
             run_on(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint\.remote=/there is no URL: give s3://bucket/folder"):
         Checkpoints(tmp_path, remote="/there").fetch(anything)
+
+
+IN_S3 = """
+import sys, torch
+from pathlib import Path
+from effnet_train.engine.saving import Checkpoints
+
+def run_on(machine, remote="s3://bucket/runs", **options):
+    folder = Path(machine) / "run"
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.yaml").write_text("seed: 0")
+    checkpoints = Checkpoints(folder, remote=remote, keep=1, **options)
+    checkpoints.fetch(lambda folder: print((folder / "config.yaml").read_text()))
+    checkpoints.announce()
+    return checkpoints
+
+def save(checkpoints, step):
+    weights = {"w": torch.full((3 << 20,), float(step))}  # 12 MB, in several parts
+    checkpoints.save({"effnet_train": 1, "step": step, "model": weights, "ema": {}, "meta": {}})
+
+if __name__ == "__main__":
+    first = run_on(sys.argv[1] + "/1")
+    for step in (1, 2):
+        save(first, step)
+    first.close()
+    print(first.newest()["model"]["w"].mean().item(), first.steps())
+    second = run_on(sys.argv[1] + "/2")
+    print(second.newest()["model"]["w"].mean().item(), second.steps())
+    try:
+        run_on(sys.argv[1] + "/3", remote="s3://absent/runs")
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_copy_in_s3(s3: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", IN_S3, str(tmp_path)]
+    done = subprocess.run(command, env=s3.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *lines, refused = done.stdout.splitlines()
+    assert lines == ["2.0 [2]", "seed: 0", "2.0 [2]"]
+    assert done.stderr.splitlines()[0] == "goes on from s3://bucket/runs/run/step_000000002.pt"
+    assert "checkpoint.remote=s3://absent/runs" in refused
+    assert "bucket does not exist" in refused
