@@ -153,7 +153,8 @@ class Checkpoints:
             return None
 
     def clear_unfinished(self) -> None:
-        """Remove what processes that were killed while they wrote a checkpoint have left."""
+        """Remove what processes that were killed while they wrote or fetched a checkpoint have left."""
+        shutil.rmtree(self.folder / _FETCHED, ignore_errors=True)
         for pattern in (".step_*.pt-*", f".{BEST}-*"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -293,26 +294,32 @@ class Checkpoints:
         further = [name for name in names if (step_of(name) or -1) > here]
         if not further:
             return
+        try:
+            self._take_over(self._elsewhere, names, further, check)
+        finally:
+            shutil.rmtree(self.folder / _FETCHED, ignore_errors=True)
+
+    def _take_over(
+        self, remote: RemoteFolder, names: list[str], further: list[str], check: Callable[[Path], None]
+    ) -> None:
         fetched = self.folder / _FETCHED
-        shutil.rmtree(fetched, ignore_errors=True)
         beside = [name for name in names if step_of(name) is None]
         for name in beside:
-            self._elsewhere.get(name, fetched)
+            remote.get(name, fetched)
         check(fetched)
         for name in reversed(further):
-            self._elsewhere.get(name, fetched)
+            remote.get(name, fetched)
             try:
                 load_checkpoint(fetched / name)
             except CheckpointError as error:
-                print(f"warning: {self._elsewhere.url}: {error}; trying the one before", file=sys.stderr)
+                print(f"warning: {remote.url}: {error}; trying the one before", file=sys.stderr)
                 continue
             # The checkpoint comes last: one that is here says that all is here.
             for one in [*beside, name]:
                 (self.folder / one).parent.mkdir(exist_ok=True)
                 os.replace(fetched / one, self.folder / one)
-            print(f"goes on from {self._elsewhere.url}/{name}", file=sys.stderr)
-            break
-        shutil.rmtree(fetched)
+            print(f"goes on from {remote.url}/{name}", file=sys.stderr)
+            return
 
     def announce(self) -> None:
         """Write the configuration to `remote`, so that a wrong name or want of access is found before any training."""
