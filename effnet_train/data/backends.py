@@ -74,8 +74,6 @@ def check_backend(backend: str, *, key: str = "data.backend") -> None:
         raise ValueError(f"{key}={backend} is not known: use one of {', '.join(BACKENDS)}")
     if backend == "nvimgcodec":
         _nvimgcodec()
-    if backend == "nvjpeg":
-        import_nvimgcodec(backend)
 
 
 def import_nvimgcodec(backend: str) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from effnet_train.data.augment import Augment, Draws, erase_value
-from effnet_train.data.backends import DEVICE_BACKENDS, Box, open_picture, plain_jpeg_size
+from effnet_train.data.backends import DEVICE_BACKENDS, Box, import_nvimgcodec, open_picture, plain_jpeg_size
 from effnet_train.data.device_augment import Steps, apply, fill, flip, pinned, plan, send
 from effnet_train.data.device_decode import DEVICE_FILTERS, Decoder, rounded_, scaled, shrinks_too_much
 from effnet_train.data.preprocess import Preprocess, View, crop_view, eval_view, five_views
@@ -73,7 +73,10 @@ def check_device(
     *,
     key: str = "data.backend",
 ) -> None:
-    """Check that a data set can be decoded where it is asked to be; `key` is what the user sets. Raises ValueError."""
+    """Check that a data set can be decoded where it is asked to be; `key` is what the user sets.
+
+    Raises ValueError; ImportError naming the extra.
+    """
     if backend not in DEVICE_BACKENDS:
         return
     if device.type != "cuda":
@@ -88,6 +91,8 @@ def check_device(
         )
     if augment is not None:
         augment.check_drawable()
+    if backend == "nvjpeg":
+        import_nvimgcodec(backend)
 
 
 # --- in a worker ---

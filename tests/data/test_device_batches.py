@@ -19,7 +19,7 @@ from PIL import Image
 
 from effnet_train.data.augment import Augment
 from effnet_train.data.autoaugment import AutoAugment, RandAugment
-from effnet_train.data.backends import check_backend, open_picture
+from effnet_train.data.backends import open_picture
 from effnet_train.data.datasets import Data, image_folders
 from effnet_train.data.decode import DecodeError, decode
 from effnet_train.data.device_batches import ahead, check_device
@@ -388,7 +388,8 @@ def test_a_device_backend_needs_a_gpu():
     check_device("simplejpeg", CPU, Preprocess(16))
 
 
-def test_other_filters_and_policies_are_refused():
+def test_other_filters_and_policies_are_refused(monkeypatch):
+    monkeypatch.setattr("effnet_train.data.device_batches.import_nvimgcodec", lambda backend: None)
     cuda = torch.device("cuda", 0)
     with pytest.raises(ValueError, match=r"preprocess.interpolation=lanczos is none of bicubic, bilinear"):
         check_device("nvjpeg", cuda, Preprocess(16, interpolation="lanczos"))
@@ -405,7 +406,7 @@ def test_other_filters_and_policies_are_refused():
 def test_the_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     with pytest.raises(ImportError, match=r"data.backend=nvjpeg needs .*pip install 'effnet-train\[nvjpeg\]'"):
-        check_backend("nvjpeg")
+        check_device("nvjpeg", torch.device("cuda"), Preprocess(16))
 
 
 # --- on a GPU ---
