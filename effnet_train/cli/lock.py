@@ -1,5 +1,6 @@
 """One run at a time in a folder: a file that says who writes there, on file systems that machines share too."""
 
+import errno
 import json
 import os
 import socket
@@ -63,6 +64,8 @@ class Lock:
                 with suppress(FileNotFoundError):  # it has just left
                     self._wait_for_owner()
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError(error.errno, error.strerror, str(folder)) from error  # with a remedy of its own
             raise OSError(
                 f"cannot write to the run's folder {folder} ({error.strerror}): choose another place with run_root=..."
             ) from error
@@ -87,6 +90,9 @@ class Lock:
             return False
         try:
             os.write(place, json.dumps(self.owner).encode() + b"\n")
+        except OSError:  # of a full disk: nobody must wait for an owner that is not named
+            self.path.unlink()
+            raise
         finally:
             os.close(place)
         return True

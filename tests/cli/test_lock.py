@@ -1,5 +1,6 @@
 """Two runs never write one folder, and a dead one keeps nobody out: real processes, killed for real."""
 
+import errno
 import json
 import os
 import signal
@@ -133,3 +134,15 @@ def test_of_many_that_come_at_once_one_gets_a_stale_lock(tmp_path: Path) -> None
     errors = [process.communicate()[1] for process in processes]
     assert len(alive) == 1
     assert sum("is being written by" in text for text in errors) == 2
+
+
+def test_a_full_disk_leaves_no_lock_without_an_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(place: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*run"):
+            Lock(tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
+    Lock(tmp_path / "run").release()
