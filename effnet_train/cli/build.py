@@ -24,7 +24,13 @@ from effnet_train.optim.param_groups import param_groups
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # What a checkpoint's metadata may name to be called, by where it stands in `model` and `data`.
 _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "model": {"": ("effnet_train.models.efficientnet.EfficientNet",)},
+    "model": {
+        "": (
+            "effnet_train.models.efficientnet.EfficientNet",
+            *(f"effnet_train.models.mobilenet.{name}" for name in ("MobileNetV1", "MobileNetV2")),
+            "effnet_train.models.resnet.ResNet",
+        )
+    },
     "data": {
         "": (
             *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "eval_folder", "digits")),
