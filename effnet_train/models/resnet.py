@@ -51,7 +51,8 @@ class ResNet(Network):
     """Classify images with the stages of the ResNet of `layers` (50, 101 or 152) scaled in width and depth.
 
     `stride_at="1x1"` is the network of its paper, "3x3" that of the later code and of all whose accuracy is compared.
-    `drop_connect` and `checkpointing` are EfficientNet's.
+    `last_gamma` is what the last BatchNorm of each block scales by at first: with 0 a block begins as its shortcut
+    (Goyal et al., arXiv 1706.02677, section 5.1). `drop_connect` and `checkpointing` are EfficientNet's.
 
     Source: He et al., arXiv 1512.03385, Table 1.
     Raises: ValueError naming the argument, for any that is out of range.
@@ -68,6 +69,7 @@ class ResNet(Network):
         num_classes: int = 1000,
         drop_connect: float = 0.0,
         stride_at: str = "3x3",
+        last_gamma: float = 0.0,
         activation: str = "relu",
         padding: str = "symmetric",
         bn_eps: float = 1e-5,
@@ -96,3 +98,6 @@ class ResNet(Network):
         self.head = nn.Identity()
         self.classifier = nn.Linear(stages[-1].out_channels, num_classes)
         initialise(self)
+        for block in self.stages.modules():
+            if isinstance(block, Bottleneck):
+                nn.init.constant_(block.expand.norm.weight, last_gamma)

@@ -34,6 +34,8 @@ PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Network]]] = {
     "timm-resnet50": (lambda: timm.create_model("resnet50"), ResNet),
 }
 
+REPEATED = ("timm-mobilenetv2_140", "timm-resnet50")  # of what another library's network shows
+
 
 def copied(theirs: nn.Module, ours: nn.Module) -> None:
     """Copy a state whose tensors come in the same order under other names."""
@@ -47,7 +49,9 @@ def images(*size: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else []) for name in PAIRS]
+)
 def test_logits_gradients_and_parameters_are_theirs(randomise: Randomise, name: str) -> None:
     build, make = PAIRS[name]
     theirs, ours = build().double(), make().double()
@@ -95,8 +99,10 @@ def test_maxima_are_padded_as_convolutions_are(size: tuple[int, int]) -> None:
 SMALL: dict[str, Callable[..., Network]] = {
     "v1": lambda **given: MobileNetV1(width=0.25, **{"num_classes": 5, **given}),
     "v2": lambda **given: MobileNetV2(width=0.25, **{"num_classes": 5, **given}),
-    "resnet": lambda **given: ResNet(width=0.125, **{"num_classes": 5, **given}),
-    "resnet-same": lambda **given: ResNet(width=0.125, padding="same", depth=0.5, **{"num_classes": 5, **given}),
+    "resnet": lambda **given: ResNet(width=0.125, **{"last_gamma": 1.0, "num_classes": 5, **given}),
+    "resnet-same": lambda **given: ResNet(
+        width=0.125, depth=0.5, padding="same", stride_at="1x1", **{"num_classes": 5, **given}
+    ),
 }
 
 
@@ -120,6 +126,13 @@ def test_checkpointing_changes_no_bit(name: str) -> None:
         left.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
     for plain, recomputed in zip(*left, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_a_block_begins_as_its_shortcut(gamma: float) -> None:
+    block = list(SMALL["resnet"](last_gamma=gamma).eval().blocks())[-1]
+    x = torch.randn(2, block.shape.in_channels, 5, 5)
+    assert torch.equal(block(x), x.relu()) == (gamma == 0)
 
 
 def test_a_dropped_sample_takes_the_shortcut() -> None:
