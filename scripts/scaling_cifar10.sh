@@ -5,7 +5,7 @@
 set -euo pipefail
 data=$1 root=${2:-runs/scaling} jobs=${3:-1}
 common=(model=nano recipe=search_proxy data=shards data.root="$data" "data.train='cifar10-train-*.tar'"
-    "data.val='cifar10-test-*.tar'" preprocess@data.preprocess=small augment=none augment.flip=0.5 evaluate_every.epochs=3
+    "data.val='cifar10-test-*.tar'" preprocess@data.preprocess=small augment=none augment.flip=0.5 schedule.warmup_epochs=0.2 epochs=2 evaluate_every.epochs=2
     device=cpu threads=1 workers=0 run_root="$root" loggers.progress=null)
 points() {
     echo "baseline   model.resolution=16"

@@ -100,6 +100,22 @@ BENCH_DATA: Mapping[str, Any] = {
     "seconds": float,
     "output": str | None,
 }
+SCALE_APPLY: Mapping[str, Any] = {
+    "model": Mapping,
+    **dict.fromkeys(("phi", "flops", "params", "latency_ms"), float | None),
+    **dict.fromkeys(("alpha", "beta", "gamma"), float),
+    **dict.fromkeys(("multiple", "num_classes"), int),
+    "output": str | None,
+}
+SCALE_SEARCH: Mapping[str, Any] = {
+    **TRAIN,
+    **dict.fromkeys(("phi", "step", "tolerance", "flops_tolerance"), float),
+    **dict.fromkeys(("alpha", "beta", "gamma"), list[float] | None),
+    "multiple": int,
+    "baseline": bool,
+    "seeds": list[int] | None,
+    "jobs": int | Literal["auto"],
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -119,6 +135,9 @@ _LEAST: Mapping[str, int] = {
             "resolution",
             "top",
             "min_side",
+            "multiple",
+            "num_classes",
+            "jobs",
         ),
         1,
     ),
