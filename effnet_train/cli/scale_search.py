@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
-from effnet_train.cli.build import build_model
-from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS
+from effnet_train.cli.build import build_data, build_model
+from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS, Session
 from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.search.coefficients import DIMENSIONS, Coefficients, grid, scaled
 from effnet_train.search.trials import Trial, run_trials
@@ -101,7 +101,9 @@ def _candidates(config: Mapping[str, Any]) -> tuple[Candidate, list[Candidate], 
         raise ValueError(f"phi={phi:g} must be above 0: the budget is 2 ** phi times the base's multiply-adds")
     if config["flops_tolerance"] <= 0:
         raise ValueError(f"flops_tolerance={config['flops_tolerance']:g} must be above 0")
-    classes = (config["data"].get("expected") or {}).get("classes", 1000)
+    classes = (config["data"].get("expected") or {}).get("classes") or len(
+        build_data(config["data"], Session()).classes
+    )
     costs: dict[str, Complexity] = {}
 
     def candidate(coefficients: Coefficients | None) -> Candidate:
