@@ -100,6 +100,16 @@ BENCH_DATA: Mapping[str, Any] = {
     "seconds": float,
     "output": str | None,
 }
+BENCH_COMPLEXITY: Mapping[str, Any] = {
+    "model": Mapping,
+    "models": list[str] | None,
+    **dict.fromkeys(("num_classes", "batch_size"), int),
+    "resolution": int | None,
+    "by": Literal["total", "stage", "layer"],
+    "precision": Literal["fp32", "bf16"],
+    "format": Literal["table", "csv", "json"],
+    "output": str | None,
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -117,6 +127,7 @@ _LEAST: Mapping[str, int] = {
             "rounds",
             "threads",
             "resolution",
+            "num_classes",
             "top",
             "min_side",
         ),
