@@ -110,6 +110,24 @@ BENCH_COMPLEXITY: Mapping[str, Any] = {
     "format": Literal["table", "csv", "json"],
     "output": str | None,
 }
+TABLE_FIXED: Mapping[str, Any] = {
+    "format": Literal["terminal", "markdown", "csv", "latex"],
+    "output": str | None,
+}
+TABLE: Mapping[str, Any] = {
+    **TABLE_FIXED,
+    "run_root": str,
+    **dict.fromkeys(("data", "recipe"), str | None),
+    "overrides": list[str],
+    "seeds": list[int],
+    "run": Literal[True, False, "plan"],
+    "rate": float | None,
+}
+TABLE_LATENCY: Mapping[str, Any] = {
+    **TABLE_FIXED,
+    **dict.fromkeys(("rounds", "warmup", "threads"), int),
+    "measured": str | None,
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -134,7 +152,7 @@ _LEAST: Mapping[str, int] = {
         1,
     ),
     **dict.fromkeys(("min_side", "count"), 1),
-    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index"), 0),
+    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index", "warmup"), 0),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",

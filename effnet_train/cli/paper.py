@@ -1,0 +1,119 @@
+"""The paper's tables for `effnet-table` and `effnet-plot`: their networks composed and counted, the user's runs found."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from effnet_train.analysis.runs import IMAGENET, Run, find_runs, shape_of
+from effnet_train.analysis.tables import Network, counted, data_sets, read_table, timm_network
+from effnet_train.cli import build
+from effnet_train.cli.app import CONFIG_DIR, user_message
+
+_FACTORS = ("depth", "width", "resolution")
+
+
+def table(number: int) -> dict[str, Any]:
+    """Return one of the paper's tables."""
+    return read_table(CONFIG_DIR / "tables" / f"table{number}.yaml")
+
+
+def composed(overrides: Iterable[str]) -> DictConfig:
+    """Compose the configuration of a training run. Raises ValueError where the overrides cannot be."""
+    words = list(overrides)
+    running = GlobalHydra.instance()
+    command, running.hydra = running.hydra, None  # Hydra composes for one program at a time
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra.compose("train", overrides=words)
+    except Exception as error:
+        text = user_message(error, "train")
+        if text is None:
+            raise
+        raise ValueError(f"overrides={words} make no training run: {text}") from error
+    finally:
+        running.hydra = command
+
+
+def row_words(row: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of effnet-train that build a row's network: its factors times what `overrides` set."""
+    words = [f"model={row['model']}", *overrides]
+    asked = {key: row[key] for key in _FACTORS if row.get(key, 1) != 1}
+    if not asked:
+        return words
+    base = composed(words).model
+    values = {key: base[key] * factor for key, factor in asked.items()}
+    if "resolution" in values:
+        values["resolution"] = round(values["resolution"])
+    return [*words, *(f"model.{key}={value:.6g}" for key, value in values.items())]
+
+
+def networks(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> list[Network | None]:
+    """Count the network of each row, None where it is `absent`; the `overrides` change those that are ours."""
+    known = {row["name"]: row["classes"] for row in table(6)["rows"]}
+    return [_network(row, overrides, known.get(row["name"], 1000)) for row in rows]
+
+
+def _network(row: Mapping[str, Any], overrides: Sequence[str], classes: int) -> Network | None:
+    if "timm" in row:
+        note = row.get("note", "")
+        return counted(timm_network(row["timm"]), row["resolution"], f"timm {row['timm']}", note=note)
+    if "model" not in row:
+        return None
+    words = row_words(row, overrides)
+    cfg = composed(words)
+    source = " ".join(word for word in words if word.startswith("model"))
+    note = "the paper prints no factors for this row; those assumed here are ours" if row.get("assumed") else ""
+    return count_model(cfg.model, cfg.model.resolution, classes, source=source, note=note)
+
+
+def built(part: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    """Build the network of a row, with random weights, and return it with its resolution."""
+    if "timm" in part:
+        import timm
+
+        return timm.create_model(part["timm"]), part["resolution"]
+    model = build.build_model(composed([f"model={part['model']}"]).model, 1000)
+    return model, int(model.resolution)  # type: ignore[arg-type]
+
+
+def count_model(cfg: Mapping[str, Any], resolution: int, classes: int, *, source: str, note: str = "") -> Network:
+    """Count a network of ours from its configuration."""
+    model: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    with torch.device("meta"):
+        built = build.build_model(model, classes)
+    return counted(built, resolution, source, shape=shape_of(model, resolution), note=note)
+
+
+def finished_runs(run_root: str, data: str | None = None) -> list[Run]:
+    """Return the finished runs below `run_root`, of those on the data set `data` alone where that is given.
+
+    What cannot be read is told on standard error. Raises FileNotFoundError where there is no such folder.
+    """
+    if not Path(run_root).is_dir():
+        if run_root == "runs":  # the default: nobody has trained here yet
+            return []
+        raise FileNotFoundError(f"run_root={run_root} does not exist: give the folder that holds the runs' folders")
+    runs, wrong = find_runs(Path(run_root), _known())
+    for text in wrong:
+        print(f"warning: {text}", file=sys.stderr)
+    return [run for run in runs if data in (None, run.data)]
+
+
+def data_name(cfg: DictConfig) -> str:
+    """Return the name by which runs on a data set are known, from its configuration: see `runs.Run.data`."""
+    expected = cfg.get("expected") or {}
+    names = {(classes, images): name for name, classes, images in (*_known(), IMAGENET)}
+    return names.get((expected.get("classes"), expected.get("train"))) or Path(str(cfg.root)).name
+
+
+@cache
+def _known() -> tuple[tuple[str, int, int], ...]:
+    return tuple(data_sets(table(6)))
