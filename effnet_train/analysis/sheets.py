@@ -61,9 +61,7 @@ class Sheet:
 
 def _terminal(sheet: Sheet, columns: Sequence[Column]) -> str:
     body = [[column.word(row) for column in columns] for row in sheet.rows]
-    widths = [
-        max(len(text) for text in (column.head, *(line[i] for line in body))) for i, column in enumerate(columns)
-    ]
+    widths = [max(len(text) for text in (column.head, *(line[i] for line in body))) for i, column in enumerate(columns)]
     # A group's name may be wider than what stands below it: its last column makes room.
     for first, last in _groups(columns):
         room = sum(widths[first:last]) + 2 * (last - first - 1)
@@ -78,7 +76,8 @@ def _terminal(sheet: Sheet, columns: Sequence[Column]) -> str:
 
 def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:
     padded = (
-        cell.ljust(width) if flush else cell.rjust(width) for cell, width, flush in zip(cells, widths, left, strict=True)
+        cell.ljust(width) if flush else cell.rjust(width)
+        for cell, width, flush in zip(cells, widths, left, strict=True)
     )
     return "  ".join(padded).rstrip()
 
@@ -107,7 +106,9 @@ def _markdown(sheet: Sheet, columns: Sequence[Column]) -> str:
     rules = ["---:" if column.form or column.percent else "---" for column in columns]
     body = [row([column.word(values) for column in columns]) for values in sheet.rows]
     notes = [line for note in sheet.notes for line in ("", note)]
-    return "\n".join([f"**{sheet.title}**", "", row([_full_head(column) for column in columns]), row(rules), *body, *notes])
+    return "\n".join(
+        [f"**{sheet.title}**", "", row([_full_head(column) for column in columns]), row(rules), *body, *notes]
+    )
 
 
 def _csv(sheet: Sheet, columns: Sequence[Column]) -> str:

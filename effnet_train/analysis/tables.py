@@ -120,9 +120,7 @@ def network_table(
     return Sheet(table["title"], columns, rows, [*marked, *texts, *notes])
 
 
-def _network_row(
-    row: Row, network: Network | None, scores: Scores | None, data: str, changed: bool
-) -> dict[str, Any]:
+def _network_row(row: Row, network: Network | None, scores: Scores | None, data: str, changed: bool) -> dict[str, Any]:
     made: dict[str, Any] = {key: row[key] for key in ("name", "scaling", "depth", "width", "resolution") if key in row}
     if "timm" in row:
         del made["resolution"]  # in pixels, not a factor
@@ -161,7 +159,10 @@ _NETWORK_COLUMNS = (
     Column("network", "EfficientNet"),
     *(
         Column(f"{key}_{part}", head, group, form, percent)
-        for key, group, size in (("parameters_m", "parameters, M", ".2f"), ("multiply_adds_b", "multiply-adds, B", ".2f"))
+        for key, group, size in (
+            ("parameters_m", "parameters, M", ".2f"),
+            ("multiply_adds_b", "multiply-adds, B", ".2f"),
+        )
         for part, head, form, percent in (
             ("paper", "paper", "g", False),
             ("here", "here", size, False),

@@ -29,7 +29,7 @@ TRAIN: Mapping[str, Any] = {
     "checkpoint": Checkpoints,
     **dict.fromkeys(("sync_bn", "seed", "eval_batch_size"), int),
     **dict.fromkeys(("epochs", "ema_decay"), float),
-    **dict.fromkeys(("compile", "deterministic", "dry_run"), bool),
+    **dict.fromkeys(("compile", "deterministic", "dry_run", "new_classifier"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
     "on_nan": Literal["stop", "skip", "rollback"],
@@ -127,6 +127,19 @@ TABLE_LATENCY: Mapping[str, Any] = {
     **TABLE_FIXED,
     **dict.fromkeys(("rounds", "warmup", "threads"), int),
     "measured": str | None,
+}
+PLOT: Mapping[str, Any] = {"run_root": str, **dict.fromkeys(("data", "output"), str | None)}
+PLOT_MAPS: Mapping[str, Any] = {
+    "images": list[str],
+    **dict.fromkeys(("checkpoints", "labels"), list[str] | None),
+    "cam_class": str | int | None,
+    **dict.fromkeys(("run_root", "device"), str),
+    "output": str | None,
+}
+PLOT_CURVES: Mapping[str, Any] = {
+    "runs": list[str],
+    "labels": list[str] | None,
+    **dict.fromkeys(("title", "output"), str | None),
 }
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""The paper's tables for `effnet-table` and `effnet-plot`: their networks composed and counted, the user's runs found."""
+"""The paper's tables for `effnet-table` and `effnet-plot`: networks composed and counted, the user's runs found."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from effnet_train.analysis.runs import IMAGENET, Run, find_runs, shape_of
-from effnet_train.analysis.tables import Network, counted, data_sets, read_table, timm_network
+from effnet_train.analysis.tables import Network, counted, data_sets, read_table, scores_of, timm_network
 from effnet_train.cli import build
 from effnet_train.cli.app import CONFIG_DIR, user_message
+from effnet_train.cli.run_folder import FREE
 
 _FACTORS = ("depth", "width", "resolution")
 
@@ -92,6 +93,38 @@ def count_model(cfg: Mapping[str, Any], resolution: int, classes: int, *, source
     return counted(built, resolution, source, shape=shape_of(model, resolution), note=note)
 
 
+def count_run(run: Run) -> Network:
+    """Count the network of a run."""
+    return count_shape(run.shape, run.classes)
+
+
+def count_shape(shape: Mapping[str, Any], classes: int) -> Network:
+    """Count a network of ours from its shape, see `runs.shape_of`. Raises ValueError for one that is none of ours."""
+    build.check_targets({"model": shape}, "a run's config.yaml")
+    return count_model(shape, shape["resolution"], classes, source="")
+
+
+def map_checkpoints(run_root: str) -> dict[str, str]:
+    """Return the folders of the best runs of Table 7's networks, by what the table calls these.
+
+    Raises ValueError where there are none.
+    """
+    rows = table(7)["rows"]
+    runs = finished_runs(run_root)
+    found = {
+        row["scaling"]: str(scores.first.folder)
+        for row, network in zip(rows, networks(rows), strict=True)
+        if (scores := scores_of(network, runs, "ImageNet", FREE)) is not None
+    }
+    if not found:
+        words = "; ".join(" ".join(row_words(row, [])) for row in rows)
+        raise ValueError(
+            f"run_root={run_root} holds no finished run of a network of Table 7 ({words}): train them, or give "
+            "checkpoints=[...], a run's folder or weights each"
+        )
+    return found
+
+
 def finished_runs(run_root: str, data: str | None = None) -> list[Run]:
     """Return the finished runs below `run_root`, of those on the data set `data` alone where that is given.
 
@@ -110,8 +143,9 @@ def finished_runs(run_root: str, data: str | None = None) -> list[Run]:
 def data_name(cfg: DictConfig) -> str:
     """Return the name by which runs on a data set are known, from its configuration: see `runs.Run.data`."""
     expected = cfg.get("expected") or {}
-    names = {(classes, images): name for name, classes, images in (*_known(), IMAGENET)}
-    return names.get((expected.get("classes"), expected.get("train"))) or Path(str(cfg.root)).name
+    known = ((name, {"classes": classes, "train": images}) for name, classes, images in (*_known(), IMAGENET))
+    found = (name for name, counts in known if all(expected.get(key) == value for key, value in counts.items()))
+    return next(found, Path(str(cfg.root)).name)
 
 
 @cache

@@ -34,7 +34,8 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
-        build.load_into(build.build_model(cfg.model, classes), weights, f"init_from={cfg.init_from}")
+        model, source = build.build_model(cfg.model, classes), f"init_from={cfg.init_from}"
+        build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     plan = build.build_plan(cfg, images)
     with torch.device("meta"):
@@ -155,6 +156,7 @@ def _memory(device: torch.device) -> int:
 
 
 def duration(hours: float) -> str:
+    """Word a time in the unit that suits it."""
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     if hours < 2:

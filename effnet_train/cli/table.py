@@ -76,7 +76,9 @@ def networks(cfg: DictConfig, number: int) -> int:
     models = [text for text in config["overrides"] if text.startswith("model.")]
     data = None
     if config["data"]:
-        data = paper.data_name(paper.composed([f"data={config['data']}", *table_runs.of_data(config["overrides"])]).data)
+        data = paper.data_name(
+            paper.composed([f"data={config['data']}", *table_runs.of_data(config["overrides"])]).data
+        )
     runs = paper.finished_runs(config["run_root"], data)
     notes = [f"The networks here are not the paper's: {' '.join(models)}"] if models else []
     notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
@@ -115,10 +117,8 @@ def latency(cfg: DictConfig) -> int:
         with writing("measured", file):
             file.write_text(json.dumps({"machine": about, "threads": config["threads"], "rows": rows}, indent=1) + "\n")
     where = f"{about['cpu']}, {config['threads']} thread(s), torch {about['packages']['torch']}"
-    notes = [
-        f"Here: mean and median of {config['rounds']} runs in turn, batch 1, float32 on {where}; the ratio is the means'.",
-    ]
-    return _write(latency_table(table, measured, notes), config)
+    note = f"Here: {config['rounds']} runs in turn, batch 1, float32 on {where}; the ratio is that of the means."
+    return _write(latency_table(table, measured, [note]), config)
 
 
 def _checked(cfg: DictConfig, types: Mapping[str, Any]) -> dict[str, Any]:

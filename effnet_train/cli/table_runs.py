@@ -79,7 +79,9 @@ def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[st
     own = next((known["data"] for known in paper.table(6)["rows"] if known["name"] == row["name"]), "imagenet")
     data = config["data"] or own
     recipe = config["recipe"] or ("finetune" if transfer else "efficientnet")
-    name = "-".join([prefix, row["model"], *([row["scaling"]] if "scaling" in row else []), data, recipe, f"seed{seed}"])
+    name = "-".join(
+        [prefix, row["model"], *([row["scaling"]] if "scaling" in row else []), data, recipe, f"seed{seed}"]
+    )
     overrides = [text.replace("{model}", row["model"]) for text in config["overrides"]]
     run = [f"data={data}", f"recipe={recipe}", *overrides, f"seed={seed}"]
     words = [*paper.row_words(row, run), f"run_root={config['run_root']}", f"name={name}"]
@@ -109,7 +111,9 @@ def _priced(missing: Sequence[Training], rate: float | None) -> str:
         for training in missing
     ]
     hours = sum(training.total for training in missing) / 1e9 / rate / 3600
-    return "\n".join([*lines, f"  in all about {plan.duration(hours)} at {rate:,.1f} B multiply-adds a second ({told})"])
+    return "\n".join(
+        [*lines, f"  in all about {plan.duration(hours)} at {rate:,.1f} B multiply-adds a second ({told})"]
+    )
 
 
 def _measured(training: Training) -> tuple[float, str]:
