@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,15 +76,17 @@ def accuracy_figure(
     axes.legend(loc="lower right", frameon=False, fontsize=10)
     axes.set_title(title, fontsize=13, fontweight="bold", loc="left")
     axes.margins(x=0.12, y=0.08)
-    place_labels(figure, axes, [*ours, *others, *trained], {point.name: ORANGE for point in ours})
+    place_labels(figure, axes, [*ours, *others, *trained], line, color=ORANGE)
     return figure
 
 
 def transfer_figure(rows: Sequence[Mapping[str, Any]], trained: Mapping[str, Sequence[Point]]) -> "Figure":
     """Draw Figure 6 from the rows of Table 5: accuracy against parameters, a panel a data set.
 
-    `trained` holds the runs of one's own by data set. Networks without a printed size are not drawn.
+    `trained` holds the runs of one's own by data set. Networks without a size, `parameters_m`, are not drawn.
     """
+    from matplotlib.ticker import FixedLocator
+
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure = new_figure(12, 6.2)
     panels = figure.subplots(2, 4).flat
@@ -101,8 +103,10 @@ def transfer_figure(rows: Sequence[Mapping[str, Any]], trained: Mapping[str, Seq
         _dress(axes, "", "")
         axes.set_title(name, fontsize=11, loc="left")
         axes.set_xlim(2, 1500)
-        axes.margins(y=0.25)
-        place_labels(figure, axes, [*ours, *others, *runs], {point.name: ORANGE for point in ours})
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - 1.5) - 0.2, max(high, low + 1.5) + 0.2)  # no tenth of a point as large as a panel
+        axes.xaxis.set_major_locator(FixedLocator([10, 100, 1000]))
+        place_labels(figure, axes, [*ours, *others, *runs], ours, color=ORANGE)
     figure.supxlabel("Parameters, millions", fontsize=12)
     figure.supylabel("Top-1", fontsize=12)
     found = dict(zip(*reversed([list(part) for part in _handles(figure)]), strict=True))
@@ -131,7 +135,7 @@ def single_dimensions_figure(found: Sequence[Family]) -> "Figure":
             _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
             axes.set_title(f"{method}, from {family.name}" if method == "width" else method, fontsize=11, loc="left")
             axes.margins(x=0.15, y=0.15)
-            place_labels(figure, axes, points, {})
+            place_labels(figure, axes, points, points, color=color)
         for axes in row[1:]:
             axes.set_ylabel("")
     _say_spread(figure, found)
@@ -250,7 +254,7 @@ def _points(
 
 
 def _dress(axes: "Axes", x_label: str, y_label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xlabel(x_label, fontsize=12)
     axes.set_ylabel(y_label, fontsize=12)
@@ -258,62 +262,65 @@ def _dress(axes: "Axes", x_label: str, y_label: str) -> None:
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_formatter(PercentFormatter(symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     if axes.get_xscale() == "log":
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def place_labels(figure: "Figure", axes: "Axes", points: Sequence[Point], colors: Mapping[str, str]) -> None:
-    """Write each point's name beside it, where it covers neither another name nor a point."""
+def place_labels(
+    figure: "Figure", axes: "Axes", points: Sequence[Point], line: Sequence[Point] = (), *, color: str = "#333333"
+) -> None:
+    """Write each point's name beside it, where it covers the least of other names, of points and of `line`.
+
+    The names of the line's own points have its `color`.
+    """
     from matplotlib.transforms import Bbox
 
-    figure.canvas.draw()  # settles the axes, so that texts have their places
-    at = [axes.transData.transform((point.x, 100 * point.y)) for point in points]
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in at]
-    frame = axes.get_window_extent()
+    figure.draw_without_rendering()  # settles the axes, so that texts have their places
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in (_pixels(axes, point) for point in points)]
+    for one, other in pairwise(line):
+        way = np.linspace(_pixels(axes, one), _pixels(axes, other), 40)
+        taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in way]
     for point in points:
-        if not point.name:
-            continue
-        best: tuple[float, Any, Any] | None = None
-        for across, up in _PLACES:
-            text = axes.annotate(
-                point.name,
-                (point.x, 100 * point.y),
-                xytext=(across, up),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=colors.get(point.name, "#333333"),
-                ha=_align(across, "left", "right"),
-                va=_align(up, "bottom", "top"),
-                annotation_clip=False,
-            )
-            box = text.get_window_extent()
-            covered = sum(_overlap(box, other) for other in taken) + (box.width * box.height - _overlap(box, frame))
-            if best is None or covered < best[0] - 1:
-                if best is not None:
-                    best[1].remove()
-                best = (covered, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        taken.append(best[2])
+        if point.name:
+            taken.append(_place_label(axes, point, taken, color if point in line else "#333333"))
+
+
+def _place_label(axes: "Axes", point: Point, taken: Sequence[Any], color: str) -> Any:
+    """Write a point's name at the best of several places, and return the box that it fills."""
+    frame = axes.get_window_extent()
+    tried: list[tuple[float, int, Any, Any]] = []
+    for across, up in _PLACES:
+        text = axes.annotate(
+            point.name,
+            (point.x, 100 * point.y),
+            xytext=(across, up),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=color,
+            ha=_align(across, "left", "right"),
+            va=_align(up, "bottom", "top"),
+        )
+        text.set_in_layout(False)  # else it would move the axes, and with them all that has its place
+        box = text.get_window_extent()
+        outside = box.width * box.height - _overlap(box, frame)
+        tried.append((sum(_overlap(box, other) for other in taken) + outside, len(tried), text, box))
+    _, best, _, box = min(tried, key=lambda entry: entry[:2])
+    for _, number, text, _ in tried:
+        if number != best:
+            text.remove()
+    return box
+
+
+def _pixels(axes: "Axes", point: Point) -> Any:
+    return axes.transData.transform((point.x, 100 * point.y))
 
 
 _PLACES = (
-    (7, 0),
-    (-7, 0),
-    (0, 7),
-    (0, -7),
-    (6, 6),
-    (-6, 6),
-    (6, -6),
-    (-6, -6),
-    (10, 12),
-    (-10, 12),
-    (10, -12),
-    (-10, -12),
+    *((7, 0), (-7, 0), (0, 7), (0, -7), (6, 6), (-6, 6), (6, -6), (-6, -6)),
+    *((9, 12), (-9, 12), (9, -12), (-9, -12), (9, 20), (9, -20), (-9, 20), (-9, -20)),
 )
 
 

@@ -115,8 +115,8 @@ def birdsnap(root: str, *, train: str = "train", val: str = "test", **common: Un
     if not Path(root).is_dir():
         raise FileNotFoundError(
             f"data.root={root} does not exist, and Birdsnap is not downloaded from here: its authors' lists, "
-            "birdsnap.tgz of https://thomasberg.org, give the photographs' addresses, of which many are gone; what is left goes to "
-            f"{train}/<class>/ and, if test_images.txt names it, {val}/<class>/ there"
+            "birdsnap.tgz of https://thomasberg.org, give the photographs' addresses, of which many are gone; what is "
+            f"left goes to {train}/<class>/ and, if test_images.txt names it, {val}/<class>/ there"
         )
     return image_folders(root, train=train, val=val, **common)
 
