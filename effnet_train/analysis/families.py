@@ -27,9 +27,11 @@ class Member:
 
     @property
     def method(self) -> str | None:
-        """Return the dimension that alone is scaled, `compound` for several, None for the base."""
+        """Return the dimension that alone is scaled, `compound` for all three, None for the base and for two."""
         changed = [key for key in DIMENSIONS if not _is(self.factors[key], 1)]
-        return None if not changed else changed[0] if len(changed) == 1 else "compound"
+        if len(changed) == 1:
+            return changed[0]
+        return "compound" if len(changed) == len(DIMENSIONS) else None
 
     def at(self, **factors: float) -> bool:
         """Say whether the dimensions named have these factors."""
@@ -82,4 +84,4 @@ def _factors(shape: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, flo
 
 
 def _is(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-4)
+    return math.isclose(one, other, rel_tol=2e-3)  # a resolution is a whole number of pixels

@@ -13,9 +13,8 @@ from effnet_train.analysis.plots import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
-SUFFIXES = (".png", ".svg", ".pdf")
 BLUE, ORANGE, GREEN, PINK, *_ = COLORS
 GREY = "#777777"
 # By method: colour, marker. Okabe and Ito's colours; the markers tell them apart in print without colour.
@@ -125,20 +124,25 @@ def _transfer_point(name: str, row: Mapping[str, Any]) -> Point:
 
 def single_dimensions_figure(found: Sequence[Family]) -> "Figure":
     """Draw Figure 3: top-1 against multiply-adds where width, depth and resolution are scaled, a panel each."""
-    figure = new_figure(12, 3.9 * len(found))
-    panels = figure.subplots(len(found), 3, squeeze=False, sharey="row")
-    for row, family in zip(panels, found, strict=True):
-        for axes, method in zip(row, ("width", "depth", "resolution"), strict=True):
+    figure = new_figure(12, 4.2 * len(found))
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    drawn: list[tuple[Axes, list[Point], str]] = []
+    for part, family in zip(parts, found, strict=True):
+        part.suptitle(family.name, fontsize=12)
+        panels = part.subplots(1, 3, sharey=True)
+        for axes, method in zip(panels, ("width", "depth", "resolution"), strict=True):
             color, marker = _STYLES[method]
             points = [_of(member, _factor_name(member, method)) for member in family.by(method)]
             _points(axes, points, color=color, marker=marker, line="-", hollow=False)
             _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
-            axes.set_title(f"{method}, from {family.name}" if method == "width" else method, fontsize=11, loc="left")
+            axes.set_title(method, fontsize=11, loc="left")
             axes.margins(x=0.15, y=0.15)
-            place_labels(figure, axes, points, points, color=color)
-        for axes in row[1:]:
+            drawn.append((axes, points, color))
+        for axes in panels[1:]:
             axes.set_ylabel("")
-    _say_spread(figure, found)
+        _say_spread(part, [family])
+    for axes, points, color in drawn:  # when all axes have their places
+        place_labels(figure, axes, points, points, color=color)
     return figure
 
 
@@ -147,13 +151,13 @@ def width_figure(found: Sequence[Family]) -> "Figure":
     figure, panels = _panels(found)
     for axes, family in zip(panels, found, strict=True):
         everyone = [family.base, *family.members]
-        pairs = sorted({(round(m.factors["depth"], 4), round(m.factors["resolution"], 4)) for m in everyone})
-        for (depth, resolution), color, marker in zip(pairs, cycle(COLORS), cycle("oDs^vP"), strict=False):
-            line = [member for member in everyone if member.at(depth=depth, resolution=resolution)]
-            if len(line) > 1:
-                points = [_of(member, _factor_name(member, "width")) for member in line]
-                name = f"d = {depth:.3g}, r = {resolution:.3g}"
-                _points(axes, points, color=color, marker=marker, line="-", label=name, hollow=False)
+        pairs = sorted({(round(m.factors["depth"], 3), round(m.factors["resolution"], 3)) for m in everyone})
+        lines = {pair: [m for m in everyone if m.at(depth=pair[0], resolution=pair[1])] for pair in pairs}
+        lines = {pair: line for pair, line in lines.items() if len(line) > 1}
+        for ((depth, resolution), line), color, marker in zip(lines.items(), cycle(COLORS), cycle("oDs^vP")):
+            points = [_of(member, "") for member in line]
+            name = f"d = {depth:.3g}, r = {resolution:.3g}"
+            _points(axes, points, color=color, marker=marker, line="-", label=name, hollow=False)
         _finish_family(axes, family)
     _say_spread(figure, found)
     return figure
@@ -190,7 +194,7 @@ def _finish_family(axes: "Axes", family: Family) -> None:
     axes.margins(x=0.08, y=0.12)
 
 
-def _say_spread(figure: "Figure", found: Sequence[Family]) -> None:
+def _say_spread(figure: "FigureBase", found: Sequence[Family]) -> None:
     counts = sorted({len(m.scores.runs) for family in found for m in (family.base, *family.members)})
     if counts[-1] > 1:
         seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -280,6 +284,9 @@ def place_labels(
 
     figure.draw_without_rendering()  # settles the axes, so that texts have their places
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in (_pixels(axes, point) for point in points)]
+    for point in points:  # their bars
+        ends = [axes.transData.transform((point.x, 100 * (point.y + sign * (point.spread or 0)))) for sign in (-1, 1)]
+        taken.append(Bbox([(ends[0][0] - 4, ends[0][1]), (ends[1][0] + 4, ends[1][1])]))
     for one, other in pairwise(line):
         way = np.linspace(_pixels(axes, one), _pixels(axes, other), 40)
         taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in way]

@@ -1,5 +1,6 @@
 """`effnet-table TABLE ...`: the paper's tables beside what is computed, measured and trained here."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -102,7 +103,7 @@ def latency(cfg: DictConfig) -> int:
     table = paper.table(4)
     parts = [part for row in table["rows"] for part in (row, row["against"])]
     told = partial(print, end="\r", file=sys.stderr, flush=True) if sys.stderr.isatty() else lambda _: None
-    about = machine()
+    about = {**machine(), "command": shlex.join(["effnet-table", "table4", *sys.argv[1:]])}
     measured = measure(
         {part["name"]: paper.built(part) for part in parts},
         rounds=config["rounds"],
