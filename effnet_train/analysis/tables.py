@@ -160,8 +160,8 @@ _NETWORK_COLUMNS = (
     *(
         Column(f"{key}_{part}", head, group, form, percent)
         for key, group, size in (
-            ("parameters_m", "parameters, M", ".2f"),
-            ("multiply_adds_b", "multiply-adds, B", ".2f"),
+            ("parameters_m", "parameters, M", ".3g"),
+            ("multiply_adds_b", "multiply-adds, B", ".3g"),
         )
         for part, head, form, percent in (
             ("paper", "paper", "g", False),

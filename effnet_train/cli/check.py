@@ -117,7 +117,6 @@ TABLE_FIXED: Mapping[str, Any] = {
 TABLE: Mapping[str, Any] = {
     **TABLE_FIXED,
     "run_root": str,
-    **dict.fromkeys(("data", "recipe"), str | None),
     "overrides": list[str],
     "seeds": list[int],
     "run": Literal[True, False, "plan"],
@@ -128,7 +127,7 @@ TABLE_LATENCY: Mapping[str, Any] = {
     **dict.fromkeys(("rounds", "warmup", "threads"), int),
     "measured": str | None,
 }
-PLOT: Mapping[str, Any] = {"run_root": str, **dict.fromkeys(("data", "output"), str | None)}
+PLOT: Mapping[str, Any] = {"run_root": str, **dict.fromkeys(("dataset", "output"), str | None)}
 PLOT_MAPS: Mapping[str, Any] = {
     "images": list[str],
     **dict.fromkeys(("checkpoints", "labels"), list[str] | None),

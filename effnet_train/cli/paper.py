@@ -38,7 +38,7 @@ def composed(overrides: Iterable[str]) -> DictConfig:
         text = user_message(error, "train")
         if text is None:
             raise
-        raise ValueError(f"overrides={words} make no training run: {text}") from error
+        raise ValueError(f"there is no such training as effnet-train {' '.join(words)}: {text}") from error
     finally:
         running.hydra = command
 
@@ -53,13 +53,27 @@ def row_words(row: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     values = {key: base[key] * factor for key, factor in asked.items()}
     if "resolution" in values:
         values["resolution"] = round(values["resolution"])
-    return [*words, *(f"model.{key}={value:.6g}" for key, value in values.items())]
+    kept = [word for word in words if word.partition("=")[0] not in {f"model.{key}" for key in values}]
+    return [*kept, *(f"model.{key}={value:.6g}" for key, value in values.items())]
 
 
 def networks(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> list[Network | None]:
     """Count the network of each row, None where it is `absent`; the `overrides` change those that are ours."""
     known = {row["name"]: row["classes"] for row in table(6)["rows"]}
     return [_network(row, overrides, known.get(row["name"], 1000)) for row in rows]
+
+
+def change_networks(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> bool:
+    """Say whether overrides make other networks of the rows than the paper's."""
+    bases = {row["model"] for row in rows if "model" in row} if overrides else set()
+    pairs = (
+        [
+            shape_of(cfg, cfg.resolution)
+            for cfg in (composed([f"model={base}", *words]).model for words in ([], overrides))
+        ]
+        for base in bases
+    )
+    return any(ours != theirs for ours, theirs in pairs)
 
 
 def _network(row: Mapping[str, Any], overrides: Sequence[str], classes: int) -> Network | None:

@@ -51,7 +51,7 @@ def accuracy(name: str, cfg: DictConfig) -> None:
     points = {row["name"]: figures.Point(_short(row["name"]), row[key], row["top1"]) for row in rows}
     ours = [point for row_name, point in points.items() if row_name.startswith("EfficientNet")]
     trained = []
-    for scores in over_seeds(paper.finished_runs(config["run_root"], _data(config) or "ImageNet"), FREE):
+    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"] or "ImageNet"), FREE):
         value = getattr(paper.count_run(scores.first), cost) / {"parameters": 1e6, "multiply_adds": 1e9}[cost]
         trained.append(figures.Point(scores.first.folder.name, value, scores.top1, scores.spread))
     others = [point for point in points.values() if point not in ours]
@@ -67,7 +67,7 @@ def transfer(name: str, cfg: DictConfig) -> None:
 
     config, outputs = _checked(name, cfg, check.PLOT)
     trained: dict[str, list[Point]] = {}
-    for scores in over_seeds(paper.finished_runs(config["run_root"], _data(config)), FREE):
+    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"]), FREE):
         millions = paper.count_run(scores.first).parameters / 1e6
         point = figures.Point(scores.first.folder.name, millions, scores.top1, scores.spread)
         trained.setdefault(scores.first.data, []).append(point)
@@ -87,7 +87,7 @@ def scaling(name: str, cfg: DictConfig) -> None:
     from effnet_train.cli.run_folder import FREE
 
     config, outputs = _checked(name, cfg, check.PLOT)
-    runs = paper.finished_runs(config["run_root"], _data(config))
+    runs = paper.finished_runs(config["run_root"], config["dataset"])
 
     @cache
     def multiply_adds(shape: tuple[tuple[str, Any], ...], classes: int) -> int:
@@ -172,12 +172,6 @@ def _checked(name: str, cfg: DictConfig, types: Mapping[str, Any]) -> tuple[dict
         return config, [file]
     check_folder("output", _FOLDER)
     return config, [_FOLDER / f"{name}{suffix}" for suffix in (".png", ".svg")]
-
-
-def _data(config: Mapping[str, Any]) -> str | None:
-    from effnet_train.cli import paper
-
-    return paper.data_name(paper.composed([f"data={config['data']}"]).data) if config["data"] else None
 
 
 def _short(name: str) -> str:

@@ -1,8 +1,9 @@
 """`effnet-table TABLE ...`: the paper's tables beside what is computed, measured and trained here."""
 
+import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
 from effnet_train.cli.outputs import check_file, writing
 
-# The keys of the tables of networks that only a training asks for.
-_OF_TRAININGS = ("recipe", "rate")
+# Words that may stand among those of effnet-table and are the trainings': Hydra knows them as groups, not as keys.
+_OF_TRAININGS = ("data=", "data.", "recipe=")
 
 
 def main() -> None:
     """Print the table that the first word names."""
     words = sys.argv[1:]
     if words and words[0] in TABLES:
-        del sys.argv[1]
         config, job, _ = TABLES[words[0]]
+        sys.argv[1:] = with_overrides(words[1:]) if config == "table" else words[1:]
         statuses: list[int] = []
         command(config, lambda cfg: statuses.append(job(cfg)))()
         if any(statuses):
@@ -34,6 +35,17 @@ def main() -> None:
         usage = "effnet-table TABLE [key=value ...]: the paper's tables beside what is computed and trained here."
         print("\n".join([usage, "", *lines, "", "TABLE --help tells more."]))
         raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+
+
+def with_overrides(words: Sequence[str]) -> list[str]:
+    """Return the words with those for the trainings as the list `overrides`, quoted as Hydra wants it.
+
+    These are the choices of data set and recipe, and all that follow `--`.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    own = [word for word in words[:end] if not word.startswith(_OF_TRAININGS)]
+    given = [word for word in words[:end] if word.startswith(_OF_TRAININGS)] + list(words[end + 1 :])
+    return [*own, f"overrides={json.dumps(given, ensure_ascii=False)}"] if given else own
 
 
 def stages(cfg: DictConfig) -> int:
@@ -66,32 +78,25 @@ def networks(cfg: DictConfig, number: int) -> int:
 
     config = _checked(cfg, check.TABLE)
     table = paper.table(number)
-    for key in _OF_TRAININGS:
-        if config[key] is not None and not config["run"]:
-            raise ValueError(f"{key}={config[key]} has no effect without run=plan or run=true")
+    if config["rate"] is not None and not config["run"]:
+        raise ValueError(f"rate={config['rate']} has no effect without run=plan or run=true")
     status = 0
     if config["run"]:
         status = table_runs.train_missing(table, f"table{number}", config)
         if config["run"] == "plan" or status == table_runs.PREEMPTED:
             return status
-    models = [text for text in config["overrides"] if text.startswith("model.")]
-    data = None
-    if config["data"]:
-        data = paper.data_name(
-            paper.composed([f"data={config['data']}", *table_runs.of_data(config["overrides"])]).data
-        )
-    runs = paper.finished_runs(config["run_root"], data)
-    notes = [f"The networks here are not the paper's: {' '.join(models)}"] if models else []
+    words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
+    changed = paper.change_networks(table["rows"], words)
+    runs = paper.finished_runs(config["run_root"], table_runs.data_asked_for(config["overrides"]))
+    notes = [f"The networks here are not the paper's: {' '.join(words)}"] if changed else []
     notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
-    counted = paper.networks(table["rows"], models)
-    sheet = network_table(table, counted, runs, free=FREE, changed=bool(models), notes=notes)
+    counted = paper.networks(table["rows"], words)
+    sheet = network_table(table, counted, runs, free=FREE, changed=changed, notes=notes)
     return _write(sheet, config) or status
 
 
 def latency(cfg: DictConfig) -> int:
     """Measure and print Table 4."""
-    import json
-
     from effnet_train.analysis.data_speed import machine
     from effnet_train.analysis.latency import measure
     from effnet_train.analysis.tables import latency_table

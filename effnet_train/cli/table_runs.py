@@ -63,9 +63,15 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
     return _FAILED if failed else 0
 
 
-def of_data(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that belong to the data set."""
-    return [text for text in overrides if text.startswith(("data.", "preprocess@data"))]
+def data_asked_for(overrides: Sequence[str]) -> str | None:
+    """Return the name of the data set that the overrides choose, as runs have it; None where they choose none."""
+    words = [text for text in overrides if text.startswith(("data=", "data."))]
+    return paper.data_name(paper.composed(words).data) if _choice(overrides, "data") else None
+
+
+def _choice(overrides: Sequence[str], group: str) -> str | None:
+    """Return what the overrides choose of a group; None where they leave it."""
+    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{group}=")), None)
 
 
 def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -77,18 +83,18 @@ def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[str, Any]) -> Training:
     transfer = "other" in row
     own = next((known["data"] for known in paper.table(6)["rows"] if known["name"] == row["name"]), "imagenet")
-    data = config["data"] or own
-    recipe = config["recipe"] or ("finetune" if transfer else "efficientnet")
+    overrides = [text.replace("{model}", row["model"]) for text in config["overrides"]]
+    data = _choice(overrides, "data") or own
+    recipe = _choice(overrides, "recipe") or ("finetune" if transfer else "efficientnet")
     name = "-".join(
         [prefix, row["model"], *([row["scaling"]] if "scaling" in row else []), data, recipe, f"seed{seed}"]
     )
-    overrides = [text.replace("{model}", row["model"]) for text in config["overrides"]]
     run = [f"data={data}", f"recipe={recipe}", *overrides, f"seed={seed}"]
     words = [*paper.row_words(row, run), f"run_root={config['run_root']}", f"name={name}"]
     cfg = paper.composed(words)
     absent = sorted(OmegaConf.missing_keys(cfg))
     if absent:
-        raise ValueError(f"{absent[0]} has no value: give overrides=[{absent[0]}=...]")
+        raise ValueError(f"{absent[0]} has no value: give it to the trainings, at the end: -- {absent[0]}=...")
     images, classes, _ = plan.counts(cfg.data)
     cost = paper.count_model(cfg.model, cfg.data.preprocess.resolution, classes, source="")
     return Training(name, words, cfg, classes, images, cost.multiply_adds)
@@ -102,9 +108,10 @@ def _same(training: Training, run: Run) -> bool:
 
 def _priced(missing: Sequence[Training], rate: float | None) -> str:
     """Word the plan: each training's cost by its multiply-adds, at the rate of the cheapest network's real step."""
-    told = f"rate={rate:g}"
     if rate is None:
         rate, told = _measured(min(missing, key=lambda training: training.multiply_adds))
+    else:
+        told = f"rate={rate:g}"
     lines = [
         f"  {training.name:56} {training.cfg.epochs:g} epochs x {training.images:,} images x "
         f"{training.multiply_adds / 1e9:.3f} B multiply-adds: {plan.duration(training.total / 1e9 / rate / 3600)}"
