@@ -266,6 +266,15 @@ def load_model(
     return place(model, session.device).eval(), weights.meta
 
 
+def check_start(cfg: DictConfig) -> None:
+    """Raise ValueError where a new classifier is asked for and no weights to put it on."""
+    if cfg.new_classifier and cfg.init_from is None:
+        raise ValueError(
+            "new_classifier=true needs weights to put it on: give init_from=..., a run's folder, a file, or a name as "
+            "timm:tf_efficientnet_b0.aa_in1k (or new_classifier=false, to train from scratch)"
+        )
+
+
 def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
     """Check that a run computes and normalises as the weights it starts from expect, which no shape tells.
 

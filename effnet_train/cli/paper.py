@@ -43,50 +43,57 @@ def composed(overrides: Iterable[str]) -> DictConfig:
         running.hydra = command
 
 
-def row_words(row: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of effnet-train that build a row's network: its factors times what `overrides` set."""
+def row_words(row: Mapping[str, Any], overrides: Sequence[str], base: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the overrides of effnet-train that build a row's network: its factors times what `overrides` set.
+
+    `base` is the model's configuration under these, if it has been composed already.
+    """
     words = [f"model={row['model']}", *overrides]
-    asked = {key: row[key] for key in _FACTORS if row.get(key, 1) != 1}
-    if not asked:
+    if all(row.get(key, 1) == 1 for key in _FACTORS):
         return words
-    base = composed(words).model
-    values = {key: base[key] * factor for key, factor in asked.items()}
-    if "resolution" in values:
-        values["resolution"] = round(values["resolution"])
+    values = _scaled(composed(words).model if base is None else base, row)
     kept = [word for word in words if word.partition("=")[0] not in {f"model.{key}" for key in values}]
     return [*kept, *(f"model.{key}={value:.6g}" for key, value in values.items())]
 
 
+def _scaled(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: float(f"{base[key] * row[key]:.6g}") for key in _FACTORS if row.get(key, 1) != 1}
+    return values | ({"resolution": round(values["resolution"])} if "resolution" in values else {})
+
+
 def networks(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> list[Network | None]:
     """Count the network of each row, None where it is `absent`; the `overrides` change those that are ours."""
-    known = {row["name"]: row["classes"] for row in table(6)["rows"]}
-    return [_network(row, overrides, known.get(row["name"], 1000)) for row in rows]
+    classes = {row["name"]: row["classes"] for row in table(6)["rows"]}
+    bases = {name: composed_model(name, overrides) for name in {row["model"] for row in rows if "model" in row}}
+    return [_network(row, overrides, bases, classes.get(row["name"], 1000)) for row in rows]
+
+
+def composed_model(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a model's configuration under overrides."""
+    model: Any = OmegaConf.to_container(composed([f"model={name}", *overrides]).model, resolve=True)
+    return model
 
 
 def change_networks(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> bool:
     """Say whether overrides make other networks of the rows than the paper's."""
     bases = {row["model"] for row in rows if "model" in row} if overrides else set()
-    pairs = (
-        [
-            shape_of(cfg, cfg.resolution)
-            for cfg in (composed([f"model={base}", *words]).model for words in ([], overrides))
-        ]
-        for base in bases
-    )
-    return any(ours != theirs for ours, theirs in pairs)
+    pairs = ([composed_model(base, words) for words in ([], overrides)] for base in bases)
+    return any(shape_of(one, one["resolution"]) != shape_of(other, other["resolution"]) for one, other in pairs)
 
 
-def _network(row: Mapping[str, Any], overrides: Sequence[str], classes: int) -> Network | None:
+def _network(
+    row: Mapping[str, Any], overrides: Sequence[str], bases: Mapping[str, Mapping[str, Any]], classes: int
+) -> Network | None:
     if "timm" in row:
         note = row.get("note", "")
         return counted(timm_network(row["timm"]), row["resolution"], f"timm {row['timm']}", note=note)
     if "model" not in row:
         return None
-    words = row_words(row, overrides)
-    cfg = composed(words)
-    source = " ".join(word for word in words if word.startswith("model"))
+    base = bases[row["model"]]
+    model = {**base, **_scaled(base, row)}
+    source = " ".join(word for word in row_words(row, overrides, base) if word.startswith("model"))
     note = "the paper prints no factors for this row; those assumed here are ours" if row.get("assumed") else ""
-    return count_model(cfg.model, cfg.model.resolution, classes, source=source, note=note)
+    return count_model(model, model["resolution"], classes, source=source, note=note)
 
 
 def built(part: Mapping[str, Any]) -> tuple[nn.Module, int]:
@@ -101,10 +108,9 @@ def built(part: Mapping[str, Any]) -> tuple[nn.Module, int]:
 
 def count_model(cfg: Mapping[str, Any], resolution: int, classes: int, *, source: str, note: str = "") -> Network:
     """Count a network of ours from its configuration."""
-    model: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     with torch.device("meta"):
-        built = build.build_model(model, classes)
-    return counted(built, resolution, source, shape=shape_of(model, resolution), note=note)
+        model = build.build_model(cfg, classes)
+    return counted(model, resolution, source, shape=shape_of(cfg, resolution), note=note)
 
 
 def count_run(run: Run) -> Network:
@@ -131,7 +137,7 @@ def map_checkpoints(run_root: str) -> dict[str, str]:
         if (scores := scores_of(network, runs, "ImageNet", FREE)) is not None
     }
     if not found:
-        words = "; ".join(" ".join(row_words(row, [])) for row in rows)
+        words = "; ".join(network.source for network in networks(rows) if network)
         raise ValueError(
             f"run_root={run_root} holds no finished run of a network of Table 7 ({words}): train them, or give "
             "checkpoints=[...], a run's folder or weights each"

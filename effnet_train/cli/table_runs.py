@@ -92,11 +92,13 @@ def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[st
     run = [f"data={data}", f"recipe={recipe}", *overrides, f"seed={seed}"]
     words = [*paper.row_words(row, run), f"run_root={config['run_root']}", f"name={name}"]
     cfg = paper.composed(words)
+    build.check_start(cfg)
     absent = sorted(OmegaConf.missing_keys(cfg))
     if absent:
         raise ValueError(f"{absent[0]} has no value: give it to the trainings, at the end: -- {absent[0]}=...")
     images, classes, _ = plan.counts(cfg.data)
-    cost = paper.count_model(cfg.model, cfg.data.preprocess.resolution, classes, source="")
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    cost = paper.count_model(model, cfg.data.preprocess.resolution, classes, source="")
     return Training(name, words, cfg, classes, images, cost.multiply_adds)
 
 
