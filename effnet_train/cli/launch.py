@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from effnet_train.distributed import STOP_SIGNALS
+from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS
 
 
 def run_training(words: Sequence[str]) -> int:
     """Train as `effnet-train words...` would, and return its exit status.
 
-    Signals that ask to stop reach it, once: it saves, and its status is 75.
+    Signals that ask to stop reach it, once: it saves, and the status is 75.
     """
     started: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
@@ -29,7 +29,9 @@ def run_training(words: Sequence[str]) -> int:
         started.append(subprocess.Popen(command, start_new_session=True))
         for number in asked:  # before there was anybody to tell
             started[0].send_signal(number)
-        return started[0].wait()
+        status = started[0].wait()
+        # Whoever asked wants no next training either, also where this one had ended, or not yet begun to listen.
+        return PREEMPTED_EXIT_CODE if asked else status
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

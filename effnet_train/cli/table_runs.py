@@ -54,7 +54,7 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
         print(f"{prefix}: training {number} of {len(missing)}, {training.name}", flush=True)
         status = run_training(training.words)
         if status == PREEMPTED:
-            print(f"{prefix}: stopped in {training.name}, saved: the same command goes on", file=sys.stderr)
+            print(f"{prefix}: stopped in {training.name}: the same command goes on", file=sys.stderr)
             return PREEMPTED
         if status:
             failed.append(training.name)
