@@ -39,6 +39,8 @@ EFFICIENTNET_B0: tuple[Stage, ...] = (
     Stage(kernel=3, stride=1, expand_ratio=6, in_channels=192, out_channels=320, repeats=1),
 )
 
+# Of these the paper's Table 3 scales every stage in depth and all channels in width, stem and head too: it does not say
+# so, but its FLOPS do (docs/deviations.md).
 # Source: Table 1 of Howard et al., arXiv 1704.04861; a stage ends before each stride.
 MOBILENET_V1: tuple[Stage, ...] = (
     Stage(kernel=3, stride=1, expand_ratio=1, in_channels=32, out_channels=64, repeats=1),
