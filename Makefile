@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 train: $(READY) ## train a small EfficientNet on the embedded digits, and evaluate it
 	$(BIN)/effnet-train recipe=demo
 	$(BIN)/effnet-eval checkpoint=$(DEMO)
-	$(BIN)/python -m effnet_train.analysis.plots $(DEMO) $(DEMO)/curve.png
+	$(BIN)/effnet-plot curves 'runs=[$(DEMO)]' output=$(DEMO)/curve.png
 	@echo
 	@echo "checkpoint   $(DEMO)/best.pt"
 	@echo "curves       $(DEMO)/curve.png, or: $(BIN)/tensorboard --logdir $(DEMO)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effnet_train.engine.checkpoint import EXPORT, Weights, export_safetensors, write_bytes
 from effnet_train.models import published
+from effnet_train.models.efficientnet import EfficientNet
 from effnet_train.models.formats import from_ours
 from effnet_train.models.surgery import fold_batch_norm
 
@@ -116,6 +117,11 @@ def to_torchvision(model: nn.Module, meta: Mapping[str, Any], variants: Mapping[
 
 def variant(config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], library: str) -> str:
     """Return the name of the published variant whose shape `config` has. Raises ValueError where there is none."""
+    kind = config["_target_"].rpartition(".")[2]
+    if kind != EfficientNet.__name__:
+        raise ValueError(
+            f"format={library} is for EfficientNets, and this is a {kind}: choose onnx, torch_export or effnet_train"
+        )
     shape = ("_target_", "width", "depth", "se_ratio", "activation", "fixed_ends")
     for name, described in variants.items():
         known = published.ARCHITECTURE.fullmatch(f"efficientnet_{name}") and (library == "timm" or "lite" not in name)

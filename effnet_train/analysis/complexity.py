@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,14 +35,14 @@ class Complexity:
     parts: tuple[Cost, ...]
 
 
-def complexity(model: nn.Module, resolution: int) -> Complexity:
+def complexity(model: nn.Module, resolution: int, *, by_layer: bool = False) -> Complexity:
     """Count what `model` costs an image of `resolution` pixels a side, from its own forward pass.
 
     Nothing is computed and `model` is not touched: the pass runs on the meta device. Multiply-adds are those of
     convolutions and matrix products, which the paper calls FLOPS. The parts are the model's children, and one by one
-    the children of `stages`.
+    the children of `stages`; or `by_layer` all modules with parameters of their own.
     """
-    parts = dict(_parts(model))
+    parts = dict(_layers(model) if by_layer else _parts(model))
     activations = dict.fromkeys(parts, 0)
 
     def counts(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -70,6 +71,66 @@ def complexity(model: nn.Module, resolution: int) -> Complexity:
         for name, part in parts.items()
     )
     return Complexity(_count(model), counter.get_total_flops() // 2, sum(activations.values()), costs)
+
+
+def kept_numbers(model: nn.Module, resolution: int, *, by_layer: bool = False) -> dict[str, int]:
+    """Count what training keeps of an image for the backward pass, by the parts that `complexity` has.
+
+    A tensor is the first part's that keeps it, and what is kept between two parts, as an activation is between layers,
+    is the former's. Without checkpointing.
+    """
+    parts = dict(_layers(model) if by_layer else _parts(model))
+    state = _meta_state(model)
+    for name, _ in model.named_parameters():
+        state[name].requires_grad_()
+    seen = {id(tensor.untyped_storage()) for tensor in state.values()}
+    alive: list[torch.UntypedStorage] = []  # so that no two have the same id
+    kept = dict.fromkeys(parts, 0)
+    current = next(iter(parts))
+
+    def enters(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            nonlocal current
+            current = name
+
+        return hook
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # What BatchNorm keeps of the batch, a number a channel, no image adds to.
+        if tensor.ndim > 1 and tensor.is_floating_point() and id(storage) not in seen:
+            seen.add(id(storage))
+            alive.append(storage)
+            kept[current] += storage.nbytes() // tensor.itemsize
+        return tensor
+
+    # On all modules: a part that is a list of blocks is never called itself.
+    owners = [(module, name) for name, part in parts.items() for module in part.modules()]
+    hooks = [module.register_forward_pre_hook(enters(name)) for module, name in owners]
+    # Two images: BatchNorm needs them in training where the last features are a single pixel.
+    images = torch.empty(2, 3, resolution, resolution, device="meta")
+    try:
+        with _mode(model, training=True), _no_checkpointing(model), saved_tensors_hooks(pack, lambda tensor: tensor):
+            functional_call(model, state, images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: count // 2 for name, count in kept.items()}
+
+
+def evaluation_memory(model: nn.Module, resolution: int, batch_size: int, *, activation_bytes: int = 4) -> int:
+    """Estimate the bytes that evaluating a batch of `batch_size` images takes: the weights, and the peak beside them.
+
+    What `training_memory` leaves out is left out.
+    """
+    live = _LiveNumbers()
+    state = _meta_state(model)
+    images = torch.empty(batch_size, 3, resolution, resolution, device="meta")
+    with _mode(model, training=False), torch.no_grad(), live:
+        live.count(images)
+        functional_call(model, state, images)
+    weights = sum(tensor.nbytes for tensor in state.values() if tensor.is_floating_point())
+    return weights + live.peak * activation_bytes
 
 
 def training_memory(model: nn.Module, resolution: int, batch_size: int, *, activation_bytes: int = 4) -> int:
@@ -136,6 +197,21 @@ class _LiveNumbers(TorchDispatchMode):
         self.now -= numbers
 
 
+class _QuickNorms(TorchDispatchMode):
+    """Answer BatchNorm on the meta device with empty tensors of the right shapes: torch's own way is slow there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
+            x, _weight, _bias, mean, _variance, training = args[:6]
+            saved = [mean.new_empty(x.shape[1] if training else 0) for _ in range(2)]
+            return torch.empty_like(x), *saved
+        if func is torch.ops.aten.native_batch_norm_backward.default and args[0].is_meta:
+            _gradient, x, weight, *_, wanted = args
+            made = (torch.empty_like(tensor) for tensor in (x, weight, weight))
+            return tuple(tensor if want else None for tensor, want in zip(made, wanted, strict=True))
+        return func(*args, **(kwargs or {}))
+
+
 def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -144,8 +220,12 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in model.named_children():
         if name == "stages":
             yield from ((f"{name}.{i}", stage) for i, stage in child.named_children())
-        else:
+        elif not isinstance(child, nn.Identity):  # which stands for a head that the network has not
             yield name, child
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, part) for name, part in model.named_modules() if list(part.parameters(recurse=False)))
 
 
 def _flops(name: str, module: nn.Module, flops: dict[str, int]) -> int:
@@ -170,7 +250,20 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        yield
+        with _QuickNorms():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _no_checkpointing(model: nn.Module) -> Iterator[None]:
+    before: Any = getattr(model, "checkpointing", None)
+    try:
+        if before is not None:
+            model.checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        if before is not None:
+            model.checkpointing = before

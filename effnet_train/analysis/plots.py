@@ -1,6 +1,5 @@
 """Draw the curve of a run: loss, validation top-1 and learning rate against epochs."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,30 +153,3 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     ones = np.ones(2 * (window // 2) + 1)
     smooth: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
     return smooth
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the runs named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m effnet_train.analysis.plots", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or its metrics.jsonl")
-    parser.add_argument("output", type=Path, metavar="OUT.png", help="the picture to write (.png, .svg or .pdf)")
-    parser.add_argument("--label", action="append", help="what the legend calls a run; once for each RUN, in order")
-    parser.add_argument("--title", help="default: the name of the run's folder")
-    options = parser.parse_args(arguments)
-    if options.output.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"OUT.png={options.output} must end in .png, .svg or .pdf: it is the picture to write, given last")
-    labels = options.label or [str(run) for run in options.runs]
-    if len(labels) != len(options.runs) or len(set(labels)) != len(labels):
-        parser.error(
-            f"--label: {len(labels)} for {len(options.runs)} runs; give each run one of its own, or none at all"
-        )
-    runs = options.runs[0] if len(options.runs) == 1 else dict(zip(labels, options.runs, strict=True))
-    try:
-        training_curve(runs, options.output, title=options.title)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        parser.error(str(error))
-    print(options.output)
-
-
-if __name__ == "__main__":
-    main()

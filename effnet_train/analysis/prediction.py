@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from effnet_train.analysis.activation_map import activation_map, picture
-from effnet_train.data.backends import BACKENDS
+from effnet_train.analysis.activation_map import activation_map, overlay, picture
+from effnet_train.data.backends import BACKENDS, open_picture
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches
-from effnet_train.data.preprocess import Preprocess, normalize
+from effnet_train.data.preprocess import Preprocess, eval_image, normalize
 from effnet_train.data.sources import Files
 from effnet_train.engine.evaluate import autocast
 
@@ -105,6 +106,39 @@ class Predictor:
             # Files of several folders may have the same name; and a name may be as long as the disk allows.
             target = self.maps / f"{place:05d}-{Path(files.name(place)).stem[:_STEM_LETTERS]}.png"
             picture(pixels, one, f"{self.words[index]}, {share:.1%}").save(target)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Hold what a network saw of an image, (R, R, 3) uint8, the same under its map, and the mapped class."""
+
+    pixels: np.ndarray
+    overlay: np.ndarray
+    word: str
+    probability: float
+
+
+@torch.inference_mode()
+def seen(
+    model: Any, preprocess: Preprocess, words: Sequence[str], image: str, mapped: int | None, *, source: str
+) -> Seen:
+    """Return an image under its activation map: of the class `mapped`, or of the likeliest. `source` names the network.
+
+    Raises ValueError where the features have a single pixel, of which there is no map.
+    """
+    pixels = eval_image(open_picture(Path(image).read_bytes(), BACKENDS[0]), preprocess)
+    device = next(model.parameters()).device
+    batch = torch.from_numpy(pixels)[None].to(device)
+    features = model.features(normalize(batch, preprocess.mean, preprocess.std))
+    if features.shape[-2:] == (1, 1):
+        raise ValueError(
+            f"{source}: at {preprocess.resolution} pixels the last features are a single one, which tells no place "
+            "from another: give a network of 64 pixels or more"
+        )
+    probabilities = model.classifier(features.mean((2, 3))).softmax(dim=1)[0]
+    index = int(probabilities.argmax()) if mapped is None else mapped
+    heat = activation_map(features, model.classifier.weight, torch.tensor([index], device=device))[0].cpu().numpy()
+    return Seen(pixels, overlay(pixels, heat), words[index], float(probabilities[index]))
 
 
 def class_number(asked: str | int | None, classes: Sequence[str], words: Sequence[str]) -> int | None:

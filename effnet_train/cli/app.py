@@ -30,6 +30,9 @@ _PACKAGE = Path(__file__).parent.parent
 # In the wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
+# Folders of configs/ that are no choices of a run: Hydra's own, and the paper's numbers.
+_NO_GROUPS = ("hydra", "tables")
+
 USER_ERROR_EXIT_CODE = 2
 RANK_LEFT_EXIT_CODE = 1  # it is another rank that has the error: a start anew may help
 # What else a word with a = may be, by command.
@@ -224,7 +227,7 @@ def _known_keys(config: str) -> list[str]:
 
 
 def _groups() -> list[str]:
-    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "hydra")
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in _NO_GROUPS)
 
 
 def _flatten(node: object, prefix: str = "") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`effnet-bench JOB ...`: measure speeds beside other libraries'. The first word says what, the rest is Hydra's."""
+"""`effnet-bench JOB ...`: measure speeds, count what networks cost. The first word says what, the rest is Hydra's."""
 
 import json
 import shlex
@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command, user_message
+from effnet_train.cli.complexity import complexity
 from effnet_train.cli.outputs import check_file, check_folder, writing
 
 
@@ -24,8 +25,8 @@ def main() -> None:
         print(f"effnet-bench: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE)
     else:
-        lines = [f"  effnet-bench {name:6} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
-        usage = "effnet-bench JOB [key=value ...]: measure speeds beside other libraries'."
+        lines = [f"  effnet-bench {name:11} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
+        usage = "effnet-bench JOB [key=value ...]: measure speeds, count what networks cost."
         print("\n".join([usage, "", *lines, "", "JOB --help tells more."]))
         raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
 
@@ -125,7 +126,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([f"{title:26} {'images/s':>9} {'per core':>9} {'x timm':>7}", *lines])
 
 
-JOBS = {"data": data}
+JOBS = {"data": data, "complexity": complexity}
 
 if __name__ == "__main__":
     main()

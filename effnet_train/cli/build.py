@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,22 @@ from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import Weights, load_weights
 from effnet_train.engine.every import Every
 from effnet_train.engine.train import Plan
+from effnet_train.models.surgery import with_classifier_of
 from effnet_train.optim.param_groups import param_groups
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # What a checkpoint's metadata may name to be called, by where it stands in `model` and `data`.
 _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "model": {"": ("effnet_train.models.efficientnet.EfficientNet",)},
+    "model": {
+        "": (
+            "effnet_train.models.efficientnet.EfficientNet",
+            *(f"effnet_train.models.mobilenet.{name}" for name in ("MobileNetV1", "MobileNetV2")),
+            "effnet_train.models.resnet.ResNet",
+        )
+    },
     "data": {
         "": (
-            *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "eval_folder", "digits")),
+            *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "birdsnap", "eval_folder", "digits")),
             "effnet_train.data.datasets.torchvision_splits",
             *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards")),
             "effnet_train.data.parquet.parquet",
@@ -259,6 +266,15 @@ def load_model(
     return place(model, session.device).eval(), weights.meta
 
 
+def check_start(cfg: DictConfig) -> None:
+    """Raise ValueError where a new classifier is asked for and no weights to put it on."""
+    if cfg.new_classifier and cfg.init_from is None:
+        raise ValueError(
+            "new_classifier=true needs weights to put it on: give init_from=..., a run's folder, a file, or a name as "
+            "timm:tf_efficientnet_b0.aa_in1k (or new_classifier=false, to train from scratch)"
+        )
+
+
 def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
     """Check that a run computes and normalises as the weights it starts from expect, which no shape tells.
 
@@ -285,9 +301,14 @@ def _alike(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-4) if isinstance(other, float) else bool(one == other)
 
 
-def load_into(model: nn.Module, weights: Weights, source: str) -> None:
-    """Load weights of the same architecture into `model`. Raises ValueError naming the first tensors that differ."""
+def load_into(model: nn.Module, weights: Weights, source: str, *, new_classifier: bool = False) -> None:
+    """Load weights of the same architecture into `model`, with `new_classifier` all but the classifier's.
+
+    Raises ValueError naming the first tensors that differ.
+    """
     own = model.state_dict()
+    if new_classifier:
+        weights = replace(weights, tensors=with_classifier_of(model, weights.tensors))
     wrong = [
         f"{name} {tuple(own[name].shape) if name in own else 'absent'} here, "
         f"{tuple(weights.tensors[name].shape) if name in weights.tensors else 'absent'} there"
@@ -297,8 +318,8 @@ def load_into(model: nn.Module, weights: Weights, source: str) -> None:
     classifier = [text for text in wrong if text.startswith("classifier.")]
     if wrong and len(wrong) == len(classifier):
         raise ValueError(
-            f"{source} holds weights for another number of classes ({classifier[0]}): a new classifier on old weights "
-            "is not offered yet"
+            f"{source} holds weights for another number of classes ({classifier[0]}): new_classifier=true trains a new "
+            "one on the rest of them, as recipe=finetune does"
         )
     if wrong:
         raise ValueError(

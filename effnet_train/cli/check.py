@@ -29,7 +29,7 @@ TRAIN: Mapping[str, Any] = {
     "checkpoint": Checkpoints,
     **dict.fromkeys(("sync_bn", "seed", "eval_batch_size"), int),
     **dict.fromkeys(("epochs", "ema_decay"), float),
-    **dict.fromkeys(("compile", "deterministic", "dry_run"), bool),
+    **dict.fromkeys(("compile", "deterministic", "dry_run", "new_classifier"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
     "on_nan": Literal["stop", "skip", "rollback"],
@@ -102,6 +102,62 @@ BENCH_DATA: Mapping[str, Any] = {
     "seconds": float,
     "output": str | None,
 }
+SCALE_APPLY: Mapping[str, Any] = {
+    "model": Mapping,
+    **dict.fromkeys(("phi", "flops", "params", "latency_ms"), float | None),
+    **dict.fromkeys(("alpha", "beta", "gamma"), float),
+    **dict.fromkeys(("multiple", "num_classes"), int),
+    "output": str | None,
+}
+SCALE_SEARCH: Mapping[str, Any] = {
+    **TRAIN,
+    **dict.fromkeys(("phi", "step", "tolerance", "flops_tolerance"), float),
+    **dict.fromkeys(("alpha", "beta", "gamma"), list[float] | None),
+    "multiple": int,
+    "baseline": bool,
+    "seeds": list[int] | None,
+    "jobs": int | Literal["auto"],
+}
+BENCH_COMPLEXITY: Mapping[str, Any] = {
+    "model": Mapping,
+    "models": list[str] | None,
+    **dict.fromkeys(("num_classes", "batch_size"), int),
+    "resolution": int | None,
+    "by": Literal["total", "stage", "layer"],
+    "precision": Literal["fp32", "bf16"],
+    "format": Literal["table", "csv", "json"],
+    "output": str | None,
+}
+TABLE_FIXED: Mapping[str, Any] = {
+    "format": Literal["terminal", "markdown", "csv", "latex"],
+    "output": str | None,
+}
+TABLE: Mapping[str, Any] = {
+    **TABLE_FIXED,
+    "run_root": str,
+    "overrides": list[str],
+    "seeds": list[int],
+    "run": Literal[True, False, "plan"],
+    "rate": float | None,
+}
+TABLE_LATENCY: Mapping[str, Any] = {
+    **TABLE_FIXED,
+    **dict.fromkeys(("rounds", "warmup", "threads"), int),
+    "measured": str | None,
+}
+PLOT: Mapping[str, Any] = {"run_root": str, **dict.fromkeys(("dataset", "output"), str | None)}
+PLOT_MAPS: Mapping[str, Any] = {
+    "images": list[str],
+    **dict.fromkeys(("checkpoints", "labels"), list[str] | None),
+    "cam_class": str | int | None,
+    **dict.fromkeys(("run_root", "device"), str),
+    "output": str | None,
+}
+PLOT_CURVES: Mapping[str, Any] = {
+    "runs": list[str],
+    "labels": list[str] | None,
+    **dict.fromkeys(("title", "output"), str | None),
+}
 # Arguments that the command itself gives: such a key would be ignored in silence.
 _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
@@ -119,14 +175,30 @@ _LEAST: Mapping[str, int] = {
             "rounds",
             "threads",
             "resolution",
+            "num_classes",
             "timeout_s",
             "top",
             "min_side",
+            "multiple",
+            "jobs",
             "count",
         ),
         1,
     ),
-    **dict.fromkeys(("max_restarts", "seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index"), 0),
+    **dict.fromkeys(
+        (
+            "max_restarts",
+            "seed",
+            "stop_before_end_s",
+            "sync_bn",
+            "workers",
+            "step",
+            "reads",
+            "index",
+            "warmup",
+        ),
+        0,
+    ),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",

@@ -31,10 +31,11 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
     precision = build.resolve_precision(cfg.precision, session.device)
-    images, classes, source = _counts(cfg.data)
+    images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
-        build.load_into(build.build_model(cfg.model, classes), weights, f"init_from={cfg.init_from}")
+        model, source = build.build_model(cfg.model, classes), f"init_from={cfg.init_from}"
+        build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     plan = build.build_plan(cfg, images)
     with torch.device("meta"):
@@ -46,7 +47,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
-    rate, timed = _images_per_s(cfg, classes, precision, session, micro)
+    rate, timed = images_per_s(cfg, classes, precision, session, micro)
     hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
@@ -66,7 +67,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
             "memory",
             f"about {memory / 2**30:.2f} GiB a rank: weights, gradients, optimizer, average, activations{scarce}",
         ),
-        ("time", f"about {_duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
+        ("time", f"about {duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
 
@@ -82,7 +83,7 @@ def _would_be(folder: Path, cfg: DictConfig) -> str:
     return "holds a run: it would go on"
 
 
-def _counts(cfg: DictConfig) -> tuple[int, int, str]:
+def counts(cfg: DictConfig) -> tuple[int, int, str]:
     """Return training images, classes, and where the numbers are from."""
     expected = cfg.get("expected")
     root = Path(cfg.root)
@@ -106,7 +107,7 @@ def _learning_rates(plan: Plan) -> str:
     return ", ".join(f"{plan.lr(step):.5g} at step {step:,}" for step in sorted(steps))
 
 
-def _images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session, micro: int) -> tuple[float, str]:
+def images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session, micro: int) -> tuple[float, str]:
     """Time the real step on this device, on as many random images as are quick to compute."""
     size = cfg.data.preprocess.resolution
     model = build.build_model(cfg.model, classes)
@@ -154,7 +155,8 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """Word a time in the unit that suits it."""
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     if hours < 2:

@@ -33,6 +33,7 @@ FREE = (
     "max_steps",
     "model.checkpointing",
     "name",
+    "new_classifier",
     "on_nan",
     "ranks",
     "run_root",

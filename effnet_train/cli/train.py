@@ -26,6 +26,7 @@ def task(cfg: DictConfig) -> None:
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.TRAIN)
+    build.check_start(cfg)
     _check_cluster()
     signals = [signal.Signals[name] for name in cfg.stop_signals]
     folder = run_folder.run_folder(cfg)

@@ -110,6 +110,17 @@ def image_folders(root: str, *, train: str = "train", val: str = "val", **common
     return assemble(root, *(FolderSource(Path(root) / split) for split in (train, val)), **common)
 
 
+def birdsnap(root: str, *, train: str = "train", val: str = "test", **common: Unpack[Common]) -> Data:
+    """Read Birdsnap, which torchvision does not know, in ImageNet's layout."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"data.root={root} does not exist, and Birdsnap is not downloaded from here: its authors' lists, "
+            "birdsnap.tgz of https://thomasberg.org, give the photographs' addresses, of which many are gone; what is "
+            f"left goes to {train}/<class>/ and, if test_images.txt names it, {val}/<class>/ there"
+        )
+    return image_folders(root, train=train, val=val, **common)
+
+
 def eval_folder(
     root: str,
     *,

@@ -1,1 +1,1 @@
-"""Networks: the compound-scaled stages, the layers they are made of, and EfficientNet itself."""
+"""Networks: the compound-scaled stages, the layers they are made of, EfficientNet itself, MobileNets and ResNets."""

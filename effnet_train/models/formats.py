@@ -157,7 +157,8 @@ def is_gated(tensors: Mapping[str, Any], fmt: str) -> bool:
 def nearest(tensors: Mapping[str, Tensor], fmt: str, variants: Mapping[str, Mapping[str, Any]]) -> str:
     """Return which of the variants, model configurations by name, is the most like a state dict of the format `fmt`.
 
-    The widths of the depthwise convolutions tell all variants apart but B0 and Lite0, which squeeze-excite does.
+    Only EfficientNets among them are looked at: our other networks have no foreign names. The widths of the depthwise
+    convolutions tell all variants apart but B0 and Lite0, which squeeze-excite does.
     """
     found = Counter(len(tensor) for tensor in tensors.values() if tensor.ndim == 4 and tensor.shape[1] == 1)
     gated = is_gated(tensors, fmt)
@@ -169,7 +170,8 @@ def nearest(tensors: Mapping[str, Tensor], fmt: str, variants: Mapping[str, Mapp
         differing = (found - expected).total() + (expected - found).total()
         return differing, (config["se_ratio"] > 0) != gated
 
-    return min(variants, key=distance)
+    known = (name for name, config in variants.items() if config["_target_"].endswith(f".{EfficientNet.__name__}"))
+    return min(known, key=distance)
 
 
 def skeleton(config: Mapping[str, Any], classes: int) -> dict[str, Tensor]:

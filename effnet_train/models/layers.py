@@ -14,7 +14,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 DROPOUT_SALT = 0x5851F42D4C957F2D  # any number but 0, which is drop connect's
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu6": nn.ReLU6}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu6": nn.ReLU6, "relu": nn.ReLU}
 PADDINGS = ("same", "symmetric")
 
 
@@ -84,17 +84,38 @@ class Conv2d(nn.Conv2d):
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
         if not self.same:
             return super().forward(x)
-        top, bottom = self._same_padding(x.shape[-2])
-        left, right = self._same_padding(x.shape[-1])
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        top, bottom = _same_padding(x.shape[-2], kernel, stride)
+        left, right = _same_padding(x.shape[-1], kernel, stride)
         if top == bottom and left == right:
             return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
         x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
-    def _same_padding(self, size: int) -> tuple[int, int]:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        return total // 2, total - total // 2
+
+class MaxPool2d(nn.MaxPool2d):
+    """Take the maximum of an odd square window, padded as `Conv2d` is; what is padded is never the maximum."""
+
+    kernel_size: int
+    stride: int
+
+    def __init__(self, *, kernel: int, stride: int, padding: str = "same") -> None:
+        super().__init__(kernel, stride, kernel // 2)
+        self.same = padding == "same"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
+        if not self.same:
+            return super().forward(x)
+        top, bottom = _same_padding(x.shape[-2], self.kernel_size, self.stride)
+        left, right = _same_padding(x.shape[-1], self.kernel_size, self.stride)
+        return F.max_pool2d(F.pad(x, (left, right, top, bottom), value=float("-inf")), self.kernel_size, self.stride)
+
+
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return what TensorFlow's SAME adds before and after `size` pixels."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -173,8 +194,9 @@ class Style:
 
     def make_activation(self) -> nn.Module:
         """Return a new activation layer."""
-        # In place, ReLU6 saves a tensor; swish, whose gradient needs the input, would only copy it first.
-        return nn.ReLU6(inplace=True) if self.activation == "relu6" else ACTIVATIONS[self.activation]()
+        # In place, ReLU saves a tensor; swish, whose gradient needs the input, would only copy it first.
+        kind = ACTIVATIONS[self.activation]
+        return kind() if self.activation == "swish" else kind(inplace=True)
 
 
 class ConvNorm(nn.Sequential):

@@ -1,13 +1,18 @@
-"""Compound scaling: EfficientNet-B0's stages, and every other variant as a function of them."""
+"""Compound scaling: the baselines' stages, and every other variant as a function of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Describe `repeats` MBConv blocks in a row, of which the first has the stride and takes `in_channels`."""
+    """Describe `repeats` blocks in a row, of which the first has the stride and takes `in_channels`.
+
+    `expand_ratio` is how many times wider than its input (MBConv), or narrower than its output (a ResNet's bottleneck),
+    a block is inside.
+    """
 
     kernel: int
     stride: int
@@ -33,6 +38,44 @@ EFFICIENTNET_B0: tuple[Stage, ...] = (
     Stage(kernel=5, stride=2, expand_ratio=6, in_channels=112, out_channels=192, repeats=4),
     Stage(kernel=3, stride=1, expand_ratio=6, in_channels=192, out_channels=320, repeats=1),
 )
+
+# Of these the paper's Table 3 scales every stage in depth and all channels in width, stem and head too: it does not say
+# so, but its FLOPS do (docs/deviations.md).
+# Source: Table 1 of Howard et al., arXiv 1704.04861; a stage ends before each stride.
+MOBILENET_V1: tuple[Stage, ...] = (
+    Stage(kernel=3, stride=1, expand_ratio=1, in_channels=32, out_channels=64, repeats=1),
+    Stage(kernel=3, stride=2, expand_ratio=1, in_channels=64, out_channels=128, repeats=2),
+    Stage(kernel=3, stride=2, expand_ratio=1, in_channels=128, out_channels=256, repeats=2),
+    Stage(kernel=3, stride=2, expand_ratio=1, in_channels=256, out_channels=512, repeats=6),
+    Stage(kernel=3, stride=2, expand_ratio=1, in_channels=512, out_channels=1024, repeats=2),
+)
+
+# Source: Table 2 of Sandler et al., arXiv 1801.04381.
+MOBILENET_V2: tuple[Stage, ...] = (
+    Stage(kernel=3, stride=1, expand_ratio=1, in_channels=32, out_channels=16, repeats=1),
+    Stage(kernel=3, stride=2, expand_ratio=6, in_channels=16, out_channels=24, repeats=2),
+    Stage(kernel=3, stride=2, expand_ratio=6, in_channels=24, out_channels=32, repeats=3),
+    Stage(kernel=3, stride=2, expand_ratio=6, in_channels=32, out_channels=64, repeats=4),
+    Stage(kernel=3, stride=1, expand_ratio=6, in_channels=64, out_channels=96, repeats=3),
+    Stage(kernel=3, stride=2, expand_ratio=6, in_channels=96, out_channels=160, repeats=3),
+    Stage(kernel=3, stride=1, expand_ratio=6, in_channels=160, out_channels=320, repeats=1),
+)
+
+
+def _resnet(*repeats: int) -> tuple[Stage, ...]:
+    ends = pairwise((64, 256, 512, 1024, 2048))
+    return tuple(
+        Stage(kernel=3, stride=1 if i == 0 else 2, expand_ratio=4, in_channels=c, out_channels=d, repeats=count)
+        for i, ((c, d), count) in enumerate(zip(ends, repeats, strict=True))
+    )
+
+
+# Source: Table 1 of He et al., arXiv 1512.03385, by number of layers.
+RESNETS: Mapping[int, tuple[Stage, ...]] = {
+    50: _resnet(3, 4, 6, 3),
+    101: _resnet(3, 4, 23, 3),
+    152: _resnet(3, 8, 36, 3),
+}
 
 
 def round_channels(channels: int, width: float, *, divisor: int = 8) -> int:

@@ -1,9 +1,10 @@
 """Networks changed after they were built."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effnet_train.models.layers import ConvNorm
 
@@ -26,3 +27,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
         module.norm = nn.Identity()  # type: ignore[assignment]
     return folded
+
+
+def with_classifier_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors`, a state dict, with `model`'s own classifier, for the classes that it is to tell apart."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("classifier.")}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")} | own

@@ -1,6 +1,7 @@
 """Learning rates as pure functions of the step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,30 @@ class Exponential:
         base = self.lr_per_256 * batch_size / 256
         stairs = math.floor(step / (steps_per_epoch * self.decay_epochs))
         return warmup(step, int(steps_per_epoch * self.warmup_epochs), base, base * self.decay**stairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A linear warm-up, then the base rate, multiplied by `decay` once for each of the epochs `at` that have passed."""
+
+    lr_per_256: float = 0.1
+    decay: float = 0.1
+    at: Sequence[float] = (30, 60, 80)
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"schedule.decay={self.decay} must lie in (0, 1]")
+        wrong = [epoch for epoch in self.at if isinstance(epoch, bool) or not isinstance(epoch, int | float)]
+        if wrong or list(self.at) != sorted(self.at) or any(epoch <= 0 for epoch in self.at):
+            raise ValueError(f"schedule.at={list(self.at)} must be epochs above 0 in rising order, as [30,60,80]")
+        _check(self.lr_per_256, self.warmup_epochs)
+
+    def lr(self, step: int, *, batch_size: int, steps_per_epoch: float, epochs: float) -> float:
+        """Return the learning rate of `step`."""
+        base = self.lr_per_256 * batch_size / 256
+        passed = sum(step >= epoch * steps_per_epoch for epoch in self.at)
+        return warmup(step, int(steps_per_epoch * self.warmup_epochs), base, base * self.decay**passed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,21 @@
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from effnet_train.analysis.complexity import Cost, complexity, training_memory
+from effnet_train.analysis.complexity import (
+    Cost,
+    _QuickNorms,
+    complexity,
+    evaluation_memory,
+    kept_numbers,
+    training_memory,
+)
 from effnet_train.models.efficientnet import EfficientNet
+from effnet_train.models.resnet import ResNet
 
 
 def small(**arguments: bool) -> EfficientNet:
@@ -83,3 +94,53 @@ def test_memory_grows_with_the_batch_and_shrinks_with_precision_and_checkpointin
     fixed = 5 * sum(p.nbytes for p in model.parameters()) + 2 * statistics
     assert memory(9, activation_bytes=2) - fixed == (nine - fixed) / 2
     assert memory(9, checkpointing=True) < nine * 2 / 3
+
+
+@pytest.mark.parametrize("make", [small, lambda: ResNet(width=0.125, num_classes=5), lambda: small(checkpointing=True)])
+def test_parts_keep_what_a_real_step_keeps(make: Callable[[], nn.Module]) -> None:
+    model, plain = make().train(), make().train()
+    plain.checkpointing = False
+    saved = saved_bytes(plain, torch.randn(8, 3, 64, 64)) / 8 / 4
+    if isinstance(model, ResNet):
+        saved -= 2 * 8 * 16 * 16  # where the maxima were: whole numbers of 8 bytes
+    stages, layers = kept_numbers(model, 64), kept_numbers(model, 64, by_layer=True)
+    assert sum(stages.values()) == sum(layers.values()) == pytest.approx(saved, rel=0.01)
+    assert stages.keys() == {part.name for part in complexity(model, 64).parts}
+    # The stem's convolution keeps the image, its BatchNorm what the convolution put out.
+    channels = model.stem.conv.out_channels
+    assert layers["stem.conv"] == pytest.approx(3 * 64 * 64, rel=0.04)  # padded, where that is SAME
+    assert channels * 32 * 32 <= layers["stem.norm"] <= 2 * channels * 32 * 32
+
+
+@pytest.mark.parametrize("make", [EfficientNet, ResNet])
+def test_layers_add_up_to_the_parts(make: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        model = make()
+    layers, stages = complexity(model, 64, by_layer=True), complexity(model, 64)
+    for part in stages.parts:
+        own = [layer for layer in layers.parts if layer.name == part.name or layer.name.startswith(f"{part.name}.")]
+        for field in ("parameters", "multiply_adds", "activations"):
+            assert sum(getattr(layer, field) for layer in own) == getattr(part, field), (part.name, field)
+    assert layers.parts[0].name == "stem.conv"
+    assert layers.parts[0].multiply_adds == stages.parts[0].multiply_adds
+
+
+def test_evaluation_takes_its_weights_and_the_widest_moment() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 2))
+    weights = 4 * (8 * 27 + 4 * 8 + 512 * 2 + 2)
+    # The image's batch stays, as the caller holds it; BatchNorm's input and output are alive at once.
+    assert evaluation_memory(model, 8, 5) == weights + 4 * 5 * (3 * 64 + 2 * 8 * 64)
+    assert evaluation_memory(model, 8, 5, activation_bytes=2) == weights + 2 * 5 * (3 * 64 + 2 * 8 * 64)
+
+
+def test_quick_norms_change_no_count() -> None:
+    model, images = small().train(), torch.empty(4, 3, 33, 33, device="meta")
+    shapes = []
+    for mode in (nullcontext(), _QuickNorms()):
+        parameters = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+        for name, _ in model.named_parameters():
+            parameters[name].requires_grad_()
+        with mode:
+            torch.func.functional_call(model, parameters, images).sum().backward()
+        shapes.append([parameters[name].grad.shape for name, _ in model.named_parameters()])
+    assert shapes[0] == shapes[1] == [p.shape for p in model.parameters()]

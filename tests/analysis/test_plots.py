@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effnet_train.analysis.plots import main, read_metrics, series, training_curve
+from effnet_train.analysis.plots import read_metrics, series, training_curve
 
 
 def rows(epochs=4, top1=0.8, each=10):
@@ -117,37 +116,9 @@ def test_a_run_without_metrics_is_a_clear_error(tmp_path):
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_a_picture_must_be_named(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), str(tmp_path)])
-    assert "must end in .png, .svg or .pdf: it is the picture to write, given last" in capsys.readouterr().err
-
-
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
         ImportError, match=r"plots need the extra plots \(matplotlib\): pip install 'effnet-train\[plots\]'"
     ):
         training_curve(rows(), tmp_path / "curve.png")
-
-
-def test_command(tmp_path):
-    run = write(tmp_path / "run", rows())
-    command = [sys.executable, "-m", "effnet_train.analysis.plots", str(run), str(tmp_path / "curve.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'curve.png'}\n"
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_overlays_runs_and_checks_labels(tmp_path, drawn, capsys):
-    runs = [str(write(tmp_path / name, rows())) for name in ("a", "b")]
-    output = str(tmp_path / "curve.png")
-    main([*runs, output, "--label", "B0", "--label", "B1", "--title", "Both"])
-    assert legend(drawn[0].axes[0])[:2] == ["B0", "B1"]
-    with pytest.raises(SystemExit):
-        main([*runs, output, "--label", "B0"])
-    assert "--label: 1 for 2 runs; give each run one of its own, or none at all" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), output])
-    assert "no metrics here" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The commands in this process: as a user gives them, without the seconds of a new interpreter."""
 
 import importlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import hydra
 import pytest
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
@@ -60,6 +62,31 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return Outcome(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes what a finished run leaves for tables and figures, without training.
+
+    The scores are those of the EMA weights; `classes` and `images` are the data set's.
+    """
+
+    def write(
+        name: str, *overrides: str, top1: float, top5: float = 0.9, classes: int = 1000, images: int = 1281167
+    ) -> Path:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            words = [f"name={name}", *overrides]
+            cfg = hydra.compose("train", overrides=words)
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(cfg, resolve=True)))
+        best = {"step": 7, "val/top1": 0.001, "val_ema/top1": top1, "val_ema/top5": top5}
+        (folder / "summary.json").write_text(json.dumps({"best": best, "steps": 7}))
+        meta = {"classes": [str(number) for number in range(classes)], "images": images}
+        (folder / "model.json").write_text(json.dumps(meta))
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

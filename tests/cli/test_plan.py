@@ -78,7 +78,7 @@ def test_a_dry_run_without_data_says_what_to_give(cli: Cli) -> None:
     ("hours", "text"), [(0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (30, "30.0 h"), (100, "4.2 days")]
 )
 def test_durations(hours: float, text: str) -> None:
-    assert plan._duration(hours) == text
+    assert plan.duration(hours) == text
 
 
 def test_a_dry_run_says_that_a_run_would_go_on_and_what_a_batch_lacks(cli: Cli, tiny: list[str]) -> None:

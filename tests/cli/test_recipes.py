@@ -1,6 +1,7 @@
 """Every recipe, every overlay and every option that composes with them trains, evaluates and saves."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,29 @@ def test_init_from_takes_the_weights_of_another_run(cli: Cli, tiny: list[str]) -
     for name, tensor in first["ema"].items():
         if "weight" in name:
             assert tensor.equal(second["model"][name])
+
+
+def test_finetuning_puts_a_new_classifier_on_old_weights(cli: Cli, tiny: list[str], few_digits: Path) -> None:
+    assert cli("train", *tiny).status == 0
+    other = Path("other")
+    for split in ("train", "val"):
+        for name in "012":
+            (other / split / f"digit{name}").parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(few_digits / split / name, other / split / f"digit{name}")
+    base = [text for text in tiny if not text.startswith(("name=", "data.root="))] + ["name=next", f"data.root={other}"]
+    frozen = ("optim=sgd", "optim.momentum=0", "optim.nesterov=false", "schedule.lr_per_256=0", "optim.weight_decay=0")
+    refused = cli("train", *base, "init_from=run")
+    assert refused.status == 2
+    assert "for another number of classes (classifier.bias (3,) here, (10,) there)" in refused.err
+    assert "new_classifier=true trains a new one on the rest of them, as recipe=finetune does" in refused.err
+    without = cli("train", *base, "recipe=finetune")
+    assert (without.status, "new_classifier=true needs weights to put it on" in without.err) == (2, True)
+    plan = cli("train", *base, "recipe=finetune", "init_from=run", "dry_run=true")
+    assert (plan.status, "weights        from run" in plan.out) == (0, True), plan.err
+    done = cli("train", *base, "recipe=finetune", "init_from=run", *frozen)
+    assert done.status == 0, done.err
+    first, second = (load_checkpoint(Path(name)) for name in ("run/best.pt", "next/best.pt"))
+    same = {key: tensor.equal(second["model"][key]) for key, tensor in first["ema"].items() if "weight" in key}
+    assert [key for key, equal in same.items() if not equal] == ["classifier.weight"]
+    assert second["model"]["classifier.weight"].shape[0] == 3
+    assert second["meta"]["classes"] == ["digit0", "digit1", "digit2"]

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from effnet_train.data import datasets
-from effnet_train.data.datasets import assemble, digits, image_folders
+from effnet_train.data.datasets import assemble, birdsnap, digits, image_folders
 from effnet_train.data.decode import decode
 from effnet_train.data.preprocess import Preprocess
 
@@ -205,3 +205,12 @@ def test_one_class_is_nothing_to_learn(image_root):
             shutil.rmtree(image_root / split / name)
     with pytest.raises(ValueError, match="there is one class, 'ant': to tell classes apart"):
         image_folders(str(image_root), preprocess=PREPROCESS)
+
+
+def test_birdsnap_says_where_it_is_from_and_counts(image_root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Birdsnap is not downloaded .* https://thomasberg.org"):
+        birdsnap(str(tmp_path / "nowhere"), preprocess=PREPROCESS)
+    (image_root / "val").rename(image_root / "test")
+    assert len(birdsnap(str(image_root), preprocess=PREPROCESS).val) == 12
+    with pytest.raises(ValueError, match="classes: 500 expected, 3 found, train: 47386 expected, 18 found"):
+        birdsnap(str(image_root), preprocess=PREPROCESS, expected={"classes": 500, "train": 47386})

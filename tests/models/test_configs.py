@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from effnet_train.analysis.complexity import complexity
 from effnet_train.models.efficientnet import EfficientNet
+from effnet_train.models.mobilenet import MobileNetV1, MobileNetV2
+from effnet_train.models.resnet import ResNet
 from effnet_train.models.scaling import compound
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,10 +46,14 @@ def test_variant_is_the_published_one(row: dict[str, str]) -> None:
         assert billions == pytest.approx(MULTIPLY_ADDS[row["variant"]], rel=0.07)
 
 
-def test_baseline_holds_every_default_of_the_constructor() -> None:
-    cfg = dict(load("efficientnet"))
-    assert cfg.pop("_target_") == "effnet_train.models.efficientnet.EfficientNet"
-    parameters = inspect.signature(EfficientNet).parameters
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("efficientnet", EfficientNet), ("mobilenet_v1", MobileNetV1), ("mobilenet_v2", MobileNetV2), ("resnet", ResNet)],
+)
+def test_baseline_holds_every_default_of_the_constructor(name: str, kind: type) -> None:
+    cfg = dict(load(name))
+    assert cfg.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
+    parameters = inspect.signature(kind).parameters
     assert cfg == {name: p.default for name, p in parameters.items() if name != "num_classes"}
 
 

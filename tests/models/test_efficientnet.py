@@ -273,7 +273,7 @@ def test_compiled_training_leaves_the_same_behind(checkpointing: bool) -> None:
         ({"dropout": 1.0}, r"dropout=1.0 must be a rate from 0 \(off\) to below 1"),
         ({"drop_connect": -0.1}, r"drop_connect=-0.1 must be a rate from 0 \(off\) to below 1"),
         ({"se_ratio": 2}, r"se_ratio=2 must lie between 0 \(no squeeze-excite\) and 1"),
-        ({"activation": "gelu"}, "activation='gelu': choose one of swish, relu6"),
+        ({"activation": "gelu"}, "activation='gelu': choose one of swish, relu6, relu"),
         ({"padding": "valid"}, "padding='valid': choose one of same, symmetric"),
         ({"width": 0}, "width=0 must be a number above 0"),
         ({"depth": -1}, "depth=-1 must be a number above 0"),

@@ -3,10 +3,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.utils import instantiate
 
-from effnet_train.optim.schedules import Constant, Cosine, Exponential
+from effnet_train.optim.schedules import Constant, Cosine, Exponential, Steps
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests/golden/optim.json").read_text())["learning_rates"]
@@ -83,6 +84,30 @@ def test_meaningless_stairs_are_refused(setting):
 def test_meaningless_final_share_is_refused(final):
     with pytest.raises(ValueError, match=rf"schedule.final={final} must lie in \[0, 1\]"):
         Cosine(final=final)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_steps_are_torchs_multi_step():
+    schedule = instantiate(yaml.safe_load((REPOSITORY / "configs/schedule/steps.yaml").read_text()))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([parameter], lr=0.1), [30, 60, 80], gamma=0.1)
+    for epoch in range(90):
+        rates = [schedule.lr(10 * epoch + i, batch_size=256, steps_per_epoch=10.0, epochs=90) for i in range(10)]
+        assert rates == pytest.approx(theirs.get_last_lr() * 10)
+        theirs.step()
+
+
+def test_steps_warm_up_and_stand_at_fractions_of_epochs():
+    rates = [Steps(warmup_epochs=5.0).lr(step, **ROUND) for step in (250, 500, 2999, 3000)]
+    assert rates == pytest.approx([0.8, 1.6, 1.6, 0.16])
+    halves = [Steps(at=[0.5]).lr(step, **ROUND) for step in (49, 50)]
+    assert halves == pytest.approx([1.6, 0.16])
+
+
+@pytest.mark.parametrize("setting", [{"decay": 0.0}, {"at": [60, 30]}, {"at": [0, 30]}, {"at": ["30"]}])
+def test_meaningless_steps_are_refused(setting):
+    with pytest.raises(ValueError, match=f"schedule.{next(iter(setting))}="):
+        Steps(**setting)
 
 
 def test_rate_zero_is_allowed():

@@ -1,0 +1,164 @@
+"""`effnet-table TABLE ...`: the paper's tables beside what is computed, measured and trained here."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.outputs import check_file, writing
+
+# Words that may stand among those of effnet-table and are the trainings': Hydra knows them as groups, not as keys.
+_OF_TRAININGS = ("data=", "data.", "recipe=")
+
+
+def main() -> None:
+    """Print the table that the first word names."""
+    words = sys.argv[1:]
+    if words and words[0] in TABLES:
+        config, job, _ = TABLES[words[0]]
+        sys.argv[1:] = with_overrides(words[1:]) if config == "table" else words[1:]
+        statuses: list[int] = []
+        command(config, lambda cfg: statuses.append(job(cfg)))()
+        if any(statuses):
+            raise SystemExit(max(statuses))
+    elif words and words[0] not in ("-h", "--help"):
+        print(f"effnet-table: error: {words[0]} is no table: give one of {', '.join(TABLES)} first", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+    else:
+        lines = [f"  effnet-table {name}  {about}" for name, (_, _, about) in TABLES.items()]
+        usage = "effnet-table TABLE [key=value ...]: the paper's tables beside what is computed and trained here."
+        print("\n".join([usage, "", *lines, "", "TABLE --help tells more."]))
+        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+
+
+def with_overrides(words: Sequence[str]) -> list[str]:
+    """Return the words with those for the trainings as the list `overrides`, quoted as Hydra wants it.
+
+    These are the choices of data set and recipe, and all that follow `--`.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    own = [word for word in words[:end] if not word.startswith(_OF_TRAININGS)]
+    given = [word for word in words[:end] if word.startswith(_OF_TRAININGS)] + list(words[end + 1 :])
+    return [*own, f"overrides={json.dumps(given, ensure_ascii=False)}"] if given else own
+
+
+def stages(cfg: DictConfig) -> int:
+    """Print Table 1."""
+    from effnet_train.analysis.tables import stage_table
+    from effnet_train.cli import build, check, paper
+
+    config = _checked(cfg, check.TABLE_FIXED)
+    table = paper.table(1)
+    model: Any = build.build_model(paper.composed([f"model={table['model']}"]).model, 1000)
+    return _write(stage_table(table, model.table()), config)
+
+
+def data_sets(cfg: DictConfig) -> int:
+    """Print Table 6."""
+    from effnet_train.analysis.tables import data_table
+    from effnet_train.cli import check, paper
+
+    config = _checked(cfg, check.TABLE_FIXED)
+    table = paper.table(6)
+    here: list[Mapping[str, int]] = [paper.composed([f"data={row['data']}"]).data.expected for row in table["rows"]]
+    return _write(data_table(table, here), config)
+
+
+def networks(cfg: DictConfig, number: int) -> int:
+    """Print Table 2, 3, 5 or 7, after having trained what is missing where that is asked for."""
+    from effnet_train.analysis.tables import network_table
+    from effnet_train.cli import check, paper, table_runs
+    from effnet_train.cli.run_folder import FREE
+
+    config = _checked(cfg, check.TABLE)
+    table = paper.table(number)
+    if config["rate"] is not None and not config["run"]:
+        raise ValueError(f"rate={config['rate']} has no effect without run=plan or run=true")
+    status = 0
+    if config["run"]:
+        status = table_runs.train_missing(table, f"table{number}", config)
+        if config["run"] == "plan" or status == table_runs.PREEMPTED:
+            return status
+    words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
+    changed = paper.change_networks(table["rows"], words)
+    runs = paper.finished_runs(config["run_root"], table_runs.data_asked_for(config["overrides"]))
+    notes = [f"The networks here are not the paper's: {' '.join(words)}"] if changed else []
+    notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
+    counted = paper.networks(table["rows"], words)
+    sheet = network_table(table, counted, runs, free=FREE, changed=changed, notes=notes)
+    return _write(sheet, config) or status
+
+
+def latency(cfg: DictConfig) -> int:
+    """Measure and print Table 4."""
+    from effnet_train.analysis.data_speed import machine
+    from effnet_train.analysis.latency import measure
+    from effnet_train.analysis.tables import latency_table
+    from effnet_train.cli import check, paper
+
+    config = _checked(cfg, check.TABLE_LATENCY)
+    if config["measured"]:
+        check_file("measured", Path(config["measured"]))
+    table = paper.table(4)
+    parts = [part for row in table["rows"] for part in (row, row["against"])]
+    told = partial(print, end="\r", file=sys.stderr, flush=True) if sys.stderr.isatty() else lambda _: None
+    about = {**machine(), "command": shlex.join(["effnet-table", "table4", *sys.argv[1:]])}
+    measured = measure(
+        {part["name"]: paper.built(part) for part in parts},
+        rounds=config["rounds"],
+        warmup=config["warmup"],
+        threads=config["threads"],
+        told=told,
+    )
+    if config["measured"]:
+        file = Path(config["measured"])
+        models = {part["name"]: part.get("model") or f"timm:{part['timm']}" for part in parts}
+        rows = {name: {"network": models[name], **times} for name, times in measured.items()}
+        with writing("measured", file):
+            file.write_text(json.dumps({"machine": about, "threads": config["threads"], "rows": rows}, indent=1) + "\n")
+    where = f"{about['cpu']}, {config['threads']} thread(s), torch {about['packages']['torch']}"
+    note = f"Here: {config['rounds']} runs in turn, batch 1, float32 on {where}; the ratio is that of the means."
+    return _write(latency_table(table, measured, [note]), config)
+
+
+def _checked(cfg: DictConfig, types: Mapping[str, Any]) -> dict[str, Any]:
+    from effnet_train.cli import check
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, types)
+    if config["output"]:
+        check_file("output", Path(config["output"]))
+    return config
+
+
+def _write(sheet: Any, config: Mapping[str, Any]) -> int:
+    text = sheet.render(config["format"])
+    if config["output"]:
+        file = Path(config["output"])
+        with writing("output", file):
+            file.write_text(text + "\n", encoding="utf-8")
+        print(f"written to {file}")
+    else:
+        print(text)
+    return 0
+
+
+_Job = Callable[[DictConfig], int]
+TABLES: Mapping[str, tuple[str, _Job, str]] = {
+    "table1": ("table_fixed", stages, "B0's stages"),
+    "table2": ("table", partial(networks, number=2), "parameters, multiply-adds and accuracy of networks on ImageNet"),
+    "table3": ("table", partial(networks, number=3), "MobileNets and ResNet-50, scaled"),
+    "table4": ("table_latency", latency, "latency, measured here"),
+    "table5": ("table", partial(networks, number=5), "transfer to eight data sets"),
+    "table6": ("table_fixed", data_sets, "those data sets: images and classes"),
+    "table7": ("table", partial(networks, number=7), "B0 scaled in one dimension, and in all"),
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Searches over networks, each trained by the ordinary trainer."""

@@ -1,0 +1,102 @@
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from effnet_train.analysis.families import families
+from effnet_train.analysis.runs import find_runs, over_seeds, same_shape, shape_of
+
+MODEL = {"_target_": "x.EfficientNet", "width": 1.0, "depth": 1.0, "resolution": 224, "dropout": 0.2, "se_ratio": 0.25}
+
+
+def write(folder: Path, *, top1: float = 0.5, seed: int = 0, images: int = 100, epochs: int = 3, **model: Any) -> Path:
+    folder.mkdir(parents=True)
+    chosen = {**MODEL, **model}
+    data = {"root": "data/some", "minival": 0, "preprocess": {"resolution": chosen["resolution"]}}
+    config = {"seed": seed, "name": folder.name, "epochs": epochs, "select_by": "val_ema/top1", "model": chosen}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "data": data, "workers": seed}))
+    best = {"val/top1": 0.9, "val_ema/top1": top1, "val_ema/top5": 0.8}
+    (folder / "summary.json").write_text(json.dumps({"best": best}))
+    (folder / "model.json").write_text(json.dumps({"classes": ["a", "b"], "images": images}))
+    return folder
+
+
+def test_scores_are_those_that_selected(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "er" / "one", top1=0.7)
+    [run] = find_runs(tmp_path)[0]
+    assert (run.top1, run.top5, run.data, run.minival) == (0.7, 0.8, "some", False)
+
+
+def test_held_out_images_give_way_to_the_validation_set(tmp_path: Path) -> None:
+    folder = write(tmp_path / "one", images=75)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["minival"] = 25
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = {"best": {"val_ema/top1": 0.9}, "test": {"test/top1": 0.6, "test/top5": 0.7}}
+    (folder / "summary.json").write_text(json.dumps(scores))
+    [run] = find_runs(tmp_path, [("Hundred", 2, 100)])[0]
+    assert (run.top1, run.data, run.minival) == (0.6, "Hundred", True)
+
+
+def test_what_has_not_ended_is_no_run_and_what_is_damaged_is_told(tmp_path: Path) -> None:
+    (write(tmp_path / "running") / "summary.json").unlink()
+    (write(tmp_path / "cut") / "summary.json").write_text('{"best": {"val_em')
+    (write(tmp_path / "old") / "config.yaml").write_text("seed: 1\n")
+    write(tmp_path / "good")
+    runs, wrong = find_runs(tmp_path)
+    assert [run.folder.name for run in runs] == ["good"]
+    assert [str(tmp_path / name) in text for name, text in zip(("cut", "old"), wrong, strict=True)] == [True, True]
+    assert all("is left out, as it cannot be read as a run" in text for text in wrong)
+
+
+def test_runs_that_differ_in_seed_and_free_keys_are_one(tmp_path: Path) -> None:
+    values = [0.5, 0.6, 0.64]
+    for seed, top1 in enumerate(values):
+        write(tmp_path / f"s{seed}", seed=seed, top1=top1)
+    write(tmp_path / "longer", epochs=4, top1=0.9)
+    groups = {len(group.runs): group for group in over_seeds(find_runs(tmp_path)[0], ["workers"])}
+    assert groups.keys() == {1, 3}
+    assert groups[3].top1 == pytest.approx(statistics.mean(values))
+    assert groups[3].spread == pytest.approx(statistics.stdev(values))
+    assert (groups[1].spread, groups[1].describe()) == (None, "some, 4 epochs, longer")
+    assert len(over_seeds(find_runs(tmp_path)[0])) == 4
+
+
+def test_shapes(tmp_path: Path) -> None:
+    shape = shape_of(MODEL, 224)
+    assert same_shape(shape, shape_of({**MODEL, "dropout": 0.5, "width": 1.0 + 1e-9}, 224))
+    assert not same_shape(shape, shape_of({**MODEL, "width": 1.1}, 224))
+    assert not same_shape(shape, shape_of(MODEL, 240))
+    assert not same_shape(shape, shape_of({**MODEL, "se_ratio": 0.0}, 224))
+
+
+def test_families(tmp_path: Path) -> None:
+    """Multiply-adds here are depth x width² x resolution²."""
+    scaled = {
+        "base": {},
+        "deep": {"depth": 2.0},
+        "wide": {"width": 1.5, "dropout": 0.3},
+        "fine": {"resolution": 448},
+        "all": {"depth": 1.2, "width": 1.1, "resolution": 258},
+        "two": {"depth": 2.0, "width": 1.5},
+        "narrower": {"width": 0.9, "resolution": 448},
+    }
+    for name, model in scaled.items():
+        for seed in (0, 1):
+            write(tmp_path / f"{name}-{seed}", seed=seed, **model)
+    write(tmp_path / "alone", epochs=9)
+
+    def cost(run: Any) -> int:
+        return round(run.shape["depth"] * run.shape["width"] ** 2 * run.shape["resolution"] ** 2)
+
+    [family] = families(find_runs(tmp_path)[0], cost, ["workers"])
+    assert family.base.scores.first.folder.name == "base-0"
+    methods = {member.scores.first.folder.name[:-2]: member.method for member in family.members}
+    one = {"deep": "depth", "wide": "width", "fine": "resolution"}
+    assert methods == {**one, "all": "compound", "two": None}
+    assert [member.multiply_adds for member in family.by("compound")] == [224**2, round(1.2 * 1.1**2 * 258**2)]
+    assert all(len(member.scores.runs) == 2 for member in family.members)
+    assert family.name == "EfficientNet at 224 pixels, some"

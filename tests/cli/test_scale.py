@@ -1,0 +1,175 @@
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from effnet_train.search.coefficients import PUBLISHED_PHI
+
+FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
+CANDIDATES = ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1")
+
+
+@pytest.mark.parametrize(
+    ("phi", "dimensions", "rounded_by_hand"),
+    [
+        (0, (1.0, 1.0, 224), (1, 1, 224)),
+        (3.5, (1.8929, 1.396, 364), (1.8, 1.4, 380)),
+    ],
+)
+def test_apply_prints_the_law_beside_the_published_variant(
+    cli: Any, phi: float, dimensions: tuple[float, float, int], rounded_by_hand: tuple[float, float, int]
+) -> None:
+    outcome = cli("scale", "apply", f"phi={phi}", "alpha=1.2", "beta=1.1", "gamma=1.15")
+    assert outcome.status == 0
+    assert "depth {:g}, width {:g}, {} pixels".format(*dimensions) in outcome.out
+    text = outcome.out.partition("\n\n")[2]
+    assert yaml.safe_load(text) == {
+        "defaults": ["b0"],
+        **dict(zip(("depth", "width", "resolution"), dimensions, strict=True)),
+    }
+    name = next(name for name, at in PUBLISHED_PHI.items() if at == phi)
+    if rounded_by_hand:
+        assert (
+            "published      model={}: depth {:g}, width {:g}, {} pixels".format(name, *rounded_by_hand) in outcome.out
+        )
+
+
+def test_b0_is_phi_0_with_the_papers_numbers(cli: Any) -> None:
+    out = cli("scale", "apply", "phi=0").out
+    assert "parameters     5,288,548\n" in out  # timm's efficientnet_b0
+    assert "0.3858 billion" in out
+
+
+def test_a_budget_is_kept_and_used(cli: Any, tmp_path: Path) -> None:
+    outcome = cli("scale", "apply", "model=nano", "flops=2e6", "output=nets/model/mine.yaml", "multiple=1")
+    assert outcome.status == 0, outcome.err
+    counted = float(outcome.out.partition("multiply-adds  ")[2].split()[0]) * 1e9
+    assert 1.7e6 < counted <= 2e6
+    assert "effnet-train --config-dir nets model=mine" in outcome.out
+    trained = cli("train", "--config-dir", "nets", "model=mine", "data=digits", "--cfg", "job")
+    assert trained.status == 0, trained.err
+    here = yaml.safe_load(trained.out)["model"]
+    written = yaml.safe_load((tmp_path / "nets/model/mine.yaml").read_text(encoding="utf-8"))
+    assert written.pop("defaults") == ["nano"]
+    assert written.items() <= here.items()
+    assert written["width"] > 0.513
+
+
+def test_parameters_of_another_base_and_its_keys(cli: Any) -> None:
+    depth_alone = ("alpha=2", "beta=1", "gamma=1")
+    outcome = cli("scale", "apply", "model=mobilenet_v1", "model.dropout=0.1", "params=6e6", *depth_alone)
+    found = yaml.safe_load(outcome.out.partition("\n\n")[2])
+    assert found["defaults"] == ["mobilenet_v1"]
+    assert (found["width"], found["resolution"], found["dropout"]) == (1.0, 224, 0.1)
+    assert found["depth"] > 1.2
+    assert 4.9e6 < int(outcome.out.partition("parameters     ")[2].split("\n")[0].replace(",", "")) <= 6e6
+
+
+def test_latency_is_measured(cli: Any) -> None:
+    outcome = cli("scale", "apply", "model=nano", "latency_ms=20", "multiple=32")
+    assert outcome.status == 0, outcome.err
+    assert "ms measured here" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "none of them: give one of phi=, flops=, params=, latency_ms="),
+        (("phi=1", "flops=1e9"), "phi=1 and flops=1000000000.0: give one of phi="),
+        (("flops=-1",), "flops=-1 must be above 0"),
+        (("phi=1", "alpha=0.9"), "alpha=0.9: a scaling coefficient is at least 1"),
+        (("phi=1", "multiple=0"), "multiple=0 must be at least 1"),
+        (("phi=1", "output=mine.yaml"), "output=mine.yaml: give a .yaml in a folder named model"),
+        (("phi=1", "output=nets/model/b4.yaml"), "model=b4 is one of ours, which would be taken instead"),
+        (("phi=1", "alfa=2"), "alfa is not a key of the configuration: did you mean alpha?"),
+        (
+            ("params=1e7", "model=nano", "alpha=1", "beta=1", "gamma=1"),
+            "params=1e+07: even phi=16 costs less than 1e+07",
+        ),
+    ],
+)
+def test_what_apply_refuses(cli: Any, arguments: tuple[str, ...], message: str) -> None:
+    outcome = cli("scale", "apply", *arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+def test_another_network_is_not_written_over(cli: Any) -> None:
+    assert cli("scale", "apply", "model=nano", "phi=1", "output=nets/model/mine.yaml").status == 0
+    assert cli("scale", "apply", "model=nano", "phi=1", "output=nets/model/mine.yaml").status == 0
+    outcome = cli("scale", "apply", "model=nano", "phi=2", "output=nets/model/mine.yaml")
+    assert "output=nets/model/mine.yaml holds another network: remove it" in outcome.err
+
+
+def test_the_plan_tells_what_is_dropped_and_why(cli: Any, tiny: list[str]) -> None:
+    few = ("alpha=[1.6,1.65,2.0]", "beta=[1.0,1.1]", "gamma=[1.0]", "tolerance=0.2")
+    outcome = cli("scale", "search", "model=nano", "data=digits", "dry_run=true", *few)
+    assert outcome.status == 0, outcome.err
+    assert "candidate      alpha1.6-beta1.1-gamma1: depth 0.4464, width 0.5643, 32 pixels" in outcome.out
+    assert "dropped        alpha1.65-beta1.1-gamma1: the same network as alpha1.6-beta1.1-gamma1" in outcome.out
+    assert "dropped        alpha2-beta1-gamma1: -17.4% off the budget" in outcome.out
+    assert "trainings      2 of 3 epochs" in outcome.out
+    assert not Path("runs").exists()
+
+
+def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) -> None:
+    # A candidate's run is refused, as its folder is another's.
+    folder, (good, bad) = Path("found"), CANDIDATES
+    own = folder / f"{bad}-seed0" / f"{bad}-seed0"
+    own.mkdir(parents=True)
+    (own / "config.yaml").write_text("{epochs: 77}", encoding="utf-8")
+    words = [text for text in tiny if not text.startswith("name=")]
+    outcome = cli("scale", "search", *words, *FEW, "name=found")
+    assert outcome.status == 1, outcome.err
+    assert f"training 2 of 2: {bad}, seed 0" in outcome.out
+    assert f"{bad}, seed 0 FAILED: the folder" in outcome.out
+    assert "holds a run of another configuration" in outcome.out
+    with (folder / "search.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rank"], row["alpha"], row["seeds"]) for row in rows] == [("1", "1.4", "1"), ("", "2.0", "0")]
+    run = folder / f"{good}-seed0" / f"{good}-seed0"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert float(rows[0]["top1"]) == summary["best"]["val_ema/top1"]
+    trained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert [trained["model"][key] for key in ("depth", "width", "resolution")] == [0.3906, 0.3, 32]
+    assert trained["max_steps"] == 2
+
+    # What has ended is not trained again; what failed is, once its reason is gone.
+    before = (run / "summary.json").stat().st_mtime_ns
+    (own / "config.yaml").unlink()
+    again = cli("scale", "search", *words, *FEW, "name=found")
+    assert again.status == 0, again.out
+    assert "1 of 2 trainings have ended before" in again.out
+    assert f"training 1 of 1: {bad}, seed 0" in again.out
+    assert (run / "summary.json").stat().st_mtime_ns == before
+
+    other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
+    assert other.status == 2
+    assert "batch_size was 16, now 8" in other.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-m",), "effnet-scale search takes no -m"),
+        (("phi=0",), "phi=0 must be above 0"),
+        (("tolerance=0.01", "step=0.3"), "no alpha * beta^2 * gamma^2 is within tolerance=0.01 of 2"),
+        (("flops_tolerance=0.001",), "no candidate is within flops_tolerance=0.001 of the budget"),
+        (("jobs=0",), "jobs=0 must be at least 1"),
+    ],
+)
+def test_what_search_refuses(cli: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:
+    base = ("model=nano", "data=digits", "alpha=[1.6]", "beta=[1.1]", "gamma=[1.0]")
+    words = base[:2] if "step=0.3" in arguments else base
+    outcome = cli("scale", "search", *words, *arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+def test_jobs_are_listed(cli: Any) -> None:
+    assert "effnet-scale apply" in cli("scale", "--help").out
+    assert "applie is no job" in cli("scale", "applie").err

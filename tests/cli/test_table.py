@@ -1,0 +1,244 @@
+"""`effnet-table`: the paper's numbers, what is computed, what was trained."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+
+from effnet_train.analysis.tables import network_table
+from effnet_train.cli import paper
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.cli.table import with_overrides
+
+Cli = Callable[..., Any]
+Finished = Callable[..., Path]
+GOLDEN = Path(__file__).parents[1] / "golden/efficientnet_variants.csv"
+# Where the printed multiply-adds and ours differ by more than 7 %, and by how much: nothing is hidden in a tolerance.
+FAR = {
+    "table2": {"PNASNet": 0.084},
+    "table3": {
+        "MobileNetV1 compound": 0.074,
+        "ResNet-50 depth": -0.101,
+        "ResNet-50 width": 0.096,
+    },
+    "table7": {"EfficientNet-B0 depth": -0.125, "EfficientNet-B0 width": -0.194, "EfficientNet-B0 resolution": -0.191},
+}
+
+
+def rows(cli: Cli, *words: str) -> list[dict[str, str]]:
+    done = cli("table", *words, "format=csv")
+    assert done.status == 0, done.err
+    return list(csv.DictReader(io.StringIO(done.out)))
+
+
+def name(row: dict[str, str]) -> str:
+    return f"{row['name']} {row.get('scaling') or ''}".strip()
+
+
+@pytest.mark.parametrize("table", FAR)
+def test_multiply_adds_are_the_papers_within_7_percent_or_named(cli: Cli, table: str) -> None:
+    found = rows(cli, table)
+    off = {
+        name(row): float(row["multiply_adds_b_here"]) / float(row["multiply_adds_b_paper"]) - 1
+        for row in found
+        if row["multiply_adds_b_here"] and row["multiply_adds_b_paper"]
+    }
+    assert len(off) == {"table2": 19, "table3": 14, "table7": 5}[table]
+    assert {key: value for key, value in off.items() if abs(value) > 0.07} == pytest.approx(FAR[table], abs=0.001)
+    for row in found:
+        if name(row) in off:
+            assert float(row["multiply_adds_b_difference"]) == pytest.approx(off[name(row)], abs=1e-5)
+    if table == "table2":
+        parameters = {row["name"]: float(row["parameters_m_here"] or 0) * 1e6 for row in found}
+        exact = exact_parameters()
+        assert {key: parameters[key] for key in exact} == pytest.approx(exact, rel=1e-5)
+        absent = {"DenseNet-264", "PolyNet", "AmoebaNet-A", "AmoebaNet-C", "GPipe"}
+        assert {key for key, value in parameters.items() if not value} == absent
+
+
+def exact_parameters() -> dict[str, int]:
+    with GOLDEN.open() as file:
+        exact = {f"EfficientNet-{row['variant'].upper()}": int(row["parameters"]) for row in csv.DictReader(file)}
+    with torch.device("meta"):
+        others = {
+            "ResNet-50": torchvision.models.resnet50(),
+            "ResNet-152": torchvision.models.resnet152(),
+            "Inception-v4": timm.create_model("inception_v4"),
+        }
+    return exact | {key: sum(p.numel() for p in model.parameters()) for key, model in others.items()}
+
+
+def test_the_papers_numbers() -> None:
+    """A few of each table, read from the paper by hand."""
+    tables = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIG_DIR / "tables").glob("*.yaml")}
+    assert tables.keys() == {f"table{number}" for number in range(1, 8)}
+    assert {key: len(table["rows"]) for key, table in tables.items()} == {
+        **{"table1": 9, "table2": 24, "table3": 14, "table4": 2, "table5": 16, "table6": 8, "table7": 5}
+    }
+    [b7] = [row for row in tables["table2"]["rows"] if row["name"] == "EfficientNet-B7"]
+    assert (b7["top1"], b7["top5"], b7["first_top1"], b7["parameters_m"]) == (0.843, 0.970, 0.844, 66)
+    v1 = [(row["scaling"], row["top1"]) for row in tables["table3"]["rows"] if row["name"] == "MobileNetV1"]
+    assert v1 == [("baseline", 0.706), ("width", 0.742), ("resolution", 0.727), ("compound", 0.756)]
+    assert [row["speedup"] for row in tables["table4"]["rows"]] == [5.7, 6.1]
+    assert all(0 < row["top1"] < 1 for key in ("table2", "table3", "table5", "table7") for row in tables[key]["rows"])
+    cifar = [row for row in tables["table5"]["rows"] if row["name"] == "CIFAR-100"]
+    assert [(row["model"], row["top1"], row["other"]["top1"]) for row in cifar] == [
+        ("b0", 0.881, 0.875),
+        ("b7", 0.917, 0.913),
+    ]
+
+
+def test_table_1_is_the_networks_own(cli: Cli) -> None:
+    found = rows(cli, "table1")
+    assert [row["layers_here"] for row in found] == list("112233411")
+    assert [row["channels_here"] for row in found] == ["32", "16", "24", "40", "80", "112", "192", "320", "1280"]
+    assert {row["same"] for row in found} == {"yes"}
+
+
+def test_table_6_differs_in_the_pets_test_images_only(cli: Cli) -> None:
+    found = {row["name"]: row["difference"] for row in rows(cli, "table6")}
+    assert len(found) == 8
+    assert {key: value for key, value in found.items() if value} == {"Oxford-IIIT Pets": "test +300"}
+
+
+def test_runs_are_known_by_their_networks(cli: Cli, finished: Finished) -> None:
+    for seed, top1 in enumerate((0.76, 0.77, 0.762)):
+        finished(f"any{seed}", "model=b0", "model.dropout=0.1", f"seed={seed}", top1=top1)
+    finished("b0-in-name-only", "model=b1", "model.width=1.5", top1=0.9)
+    flowers = ("data=folder", "data.root=x/flowers17")
+    finished("other-data", "model=b0", "model.width=2", *flowers, top1=0.99, classes=17, images=1000)
+    found = {row["scaling"]: row for row in rows(cli, "table7")}
+    assert float(found["baseline"]["top1_here"]) == pytest.approx(0.764)
+    assert float(found["baseline"]["top1_here_spread"]) == pytest.approx(0.00529150, rel=1e-4)
+    assert float(found["baseline"]["top1_difference"]) == pytest.approx(-0.009)
+    assert found["baseline"]["run"] == "ImageNet, 350 epochs, any0 and 2 more"
+    assert (found["baseline"]["from_paper"], found["depth"]["from_paper"]) == ("", "top1_here")
+    # Of another data set: shown, with its name, and not compared.
+    wide = found["width"]
+    assert (wide["top1_here"], wide["run"], wide["top1_difference"]) == (
+        "0.99",
+        "flowers17, 350 epochs, other-data",
+        "",
+    )
+    only = cli("table", "table7", "data=imagenet").out
+    assert "flowers17" not in only
+    assert "77.3  76.4 ± 0.53  -0.9" in only
+
+
+def test_table_5_compares_on_the_rows_own_data_set(finished: Finished, tmp_path: Path) -> None:
+    finished("mine", "model=b0", "data=cifar10", top1=0.979, classes=10, images=50000)
+    table = paper.table(5)
+    asked = [row for row in table["rows"] if row["model"] == "b0"]
+    counted = paper.networks(asked)
+    runs = paper.finished_runs(str(tmp_path / "runs"))
+    ten, hundred = network_table({**table, "rows": asked}, counted, runs).rows
+    # B0's 1,281 weights a class are all that changes.
+    assert (ten["parameters_m_here"], hundred["parameters_m_here"]) == (4.020358, 5.288548 - 900 * 1281 / 1e6)
+    assert (ten["top1_here"], ten["from_paper"]) == (0.979, [])
+    assert ten["top1_difference"] == pytest.approx(-0.002)
+    assert (hundred["top1_here"], hundred["from_paper"]) == (0.881, ["top1_here"])
+
+
+def test_a_real_run_on_a_base_of_ones_own(cli: Cli, trained: Path) -> None:
+    base = ("model.width=0.25", "model.depth=0.279", "model.resolution=32")
+    done = cli("table", "table7", f"run_root={trained.parent}", "format=csv", "--", *base)
+    first, *rest = csv.DictReader(io.StringIO(done.out))
+    best = json.loads((trained / "summary.json").read_text())["best"]
+    assert float(first["top1_here"]) == pytest.approx(best["val_ema/top1"], rel=1e-5)
+    assert first["source"] == "model=b0 model.width=0.25 model.depth=0.279 model.resolution=32"
+    assert all(row["from_paper"] == "top1_here" for row in rest)
+    assert rest[-1]["source"] == "model=b0 model.depth=0.3906 model.width=0.3 model.resolution=42"
+    assert "multiply_adds_b_difference" not in first
+    terminal = cli("table", "table7", f"run_root={trained.parent}", "--", *base).out
+    assert f"The networks here are not the paper's: {' '.join(base)}" in terminal
+
+
+def test_an_unreadable_run_is_told_and_left_out(cli: Cli, finished: Finished) -> None:
+    folder = finished("broken", "model=b0", top1=0.7)
+    (folder / "summary.json").write_text("{")
+    done = cli("table", "table7")
+    assert done.status == 0
+    assert "warning: runs/broken is left out, as it cannot be read as a run (Expecting property name" in done.err
+    assert "No finished run was found in runs/." in done.out
+
+
+def test_a_plan_prices_what_is_missing_and_writes_nothing(cli: Cli, finished: Finished, tmp_path: Path) -> None:
+    finished("there", "model=b0", "data.root=/images", top1=0.77)
+    words = ("table7", "run=plan", "rate=100", "data.root=/images", "--", "epochs=10")
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("table", *words)
+    assert done.status == 0, done.err
+    assert "table7: 5 trainings, 0 finished, 5 to do" in done.out
+    line = next(line for line in done.out.splitlines() if "table7-b0-depth-" in line)
+    assert line.split()[0] == "table7-b0-depth-imagenet-efficientnet-seed0"
+    assert "10 epochs x 1,281,167 images x 1.575 B multiply-adds" in line
+    # 10 x 1,281,167 images at 1.575 billion each, 100 billion a second
+    assert line.endswith(f"{10 * 1281167 * 1.575 / 100 / 86400:.1f} days")
+    assert "table7: 5 trainings, 1 finished, 4 to do" in cli("table", *words[:-2]).out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("table9",), "table9 is no table: give one of table1, table2,"),
+        (("table2", "format=html"), "format='html' must be terminal or markdown or csv or latex"),
+        (
+            ("table2", "run_root=nowhere"),
+            "run_root=nowhere does not exist: give the folder that holds the runs' folders",
+        ),
+        (("table2", "run=yes"), "run='yes' must be True or False or plan"),
+        (("table2", "rate=3"), "rate=3 has no effect without run=plan or run=true"),
+        (("table2", "outptu=x"), "outptu is not a key of the configuration: did you mean output?"),
+        (("table2", "output=no/x.md"), "output=no/x.md: its folder does not exist"),
+        (("table1", "run=plan"), "run is not a key of the configuration"),
+        (("table7", "--", "model.widht=2"), "model.widht is not a key of the configuration: did you mean model.width"),
+        (("table7", "data=imagnet"), "data=imagnet is not known: did you mean data=imagenet"),
+        (("table5", "run=plan"), "new_classifier=true needs weights to put it on: give init_from=..."),
+        (("table4", "rounds=0"), "rounds=0 must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_named(cli: Cli, words: tuple[str, ...], message: str) -> None:
+    done = cli("table", *words)
+    assert done.status == 2
+    assert message in done.err
+
+
+def test_a_table_goes_to_a_file(cli: Cli) -> None:
+    printed = cli("table", "table6", "format=latex").out
+    assert cli("table", "table6", "format=latex", "output=t.tex").out == "written to t.tex\n"
+    assert Path("t.tex").read_text() == printed
+
+
+def test_words_for_trainings() -> None:
+    words = ["run=true", "data=digits", "recipe=demo", "seeds=[0,1]", "--", "init_from=a b/{model}"]
+    assert with_overrides(words) == [
+        "run=true",
+        "seeds=[0,1]",
+        'overrides=["data=digits", "recipe=demo", "init_from=a b/{model}"]',
+    ]
+    assert with_overrides(["format=csv"]) == ["format=csv"]
+
+
+@pytest.mark.slow
+def test_table_4_measures(cli: Cli) -> None:
+    done = cli("table", "table4", "rounds=1", "warmup=1", "measured=times.json", "format=csv")
+    assert done.status == 0, done.err
+    found = {row["name"]: row for row in csv.DictReader(io.StringIO(done.out))}
+    times = {name: float(row["mean_s"]) for name, row in found.items()}
+    assert times["EfficientNet-B1"] < times["ResNet-152"] < times["EfficientNet-B7"]
+    assert float(found["ResNet-152"]["speedup_here"]) == pytest.approx(
+        times["ResNet-152"] / times["EfficientNet-B1"], rel=1e-4
+    )
+    assert found["GPipe"]["stands"] == "nasnetalarge"
+    written = json.loads(Path("times.json").read_text())
+    assert written["rows"]["EfficientNet-B7"]["network"] == "b7"
+    assert written["machine"]["command"].startswith("effnet-table table4 rounds=1")
