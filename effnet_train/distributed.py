@@ -25,13 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from effnet_train import slurm
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
-_FINAL = (2, PREEMPTED_EXIT_CODE)  # 2: a user's mistake, as the command line has it
+# After these the ranks are not started again: a user's mistake, as the command line has it, and requests to leave.
+_FINAL = (2, PREEMPTED_EXIT_CODE, 128 + signal.SIGINT)
 # All that can ask a run to stop; which of them do is its configuration's choice.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
 _ONE_REQUEST_S = 3.0
 _TIMEOUT_S = 1800.0  # of a collective, in which all ranks should be at about the same place
-_PATIENCE = timedelta(days=7)  # of ranks that wait for another's download; they notice its death at once
+_PATIENCE = timedelta(hours=12)  # of ranks that wait for another's download; they notice its death at once
 
 
 @dataclass(frozen=True)
@@ -218,16 +219,21 @@ def launch(
     died or hung, all are started again, `max_restarts` times at most; not after an error that would only come again.
     """
     for restart in range(1, max_restarts + 2):
-        status = _launch(function, args, ranks, signals)
+        status, stopped = _launch(function, args, ranks, signals)
         if status == 0:
             return
-        if status in _FINAL or restart > max_restarts:
+        if status in _FINAL or stopped or restart > max_restarts:
             raise SystemExit(status)
         print(f"status {status}: starting the ranks again ({restart} of {max_restarts})", file=sys.stderr, flush=True)
 
 
-def _launch(function: Callable[..., None], args: Sequence[Any], ranks: int, signals: Sequence[signal.Signals]) -> int:
-    """Run the ranks once and return the exit code to leave with. Torch's own restarts would follow a signal too."""
+def _launch(
+    function: Callable[..., None], args: Sequence[Any], ranks: int, signals: Sequence[signal.Signals]
+) -> tuple[int, bool]:
+    """Run the ranks once; return the exit code to leave with, and whether a signal came.
+
+    Torch's own restarts would follow a signal, too.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -256,14 +262,14 @@ def _launch(function: Callable[..., None], args: Sequence[Any], ranks: int, sign
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         if -failures[0].exitcode in forwarded:  # before the rank could take notice: nothing was there to be saved
-            return PREEMPTED_EXIT_CODE
+            return PREEMPTED_EXIT_CODE, True
         for failure in failures:
             if failure.exitcode < 0:
                 killed = signal.Signals(-failure.exitcode)
-                hint = " (by the kernel, where memory ran out: dmesg tells)" if killed == signal.SIGKILL else ""
+                hint = " (if by the kernel, for want of memory, dmesg tells)" if killed == signal.SIGKILL else ""
                 print(f"rank {failure.local_rank} was killed by {killed.name}{hint}", file=sys.stderr, flush=True)
-        return failures[0].exitcode if failures[0].exitcode > 0 else 1
-    return 0
+        return failures[0].exitcode if failures[0].exitcode > 0 else 1, bool(forwarded)
+    return 0, bool(forwarded)
 
 
 @contextmanager
@@ -273,7 +279,10 @@ def _forwarded_signals(signals: Sequence[signal.Signals]) -> Iterator[set[int]]:
 
     def forward(number: int, _frame: FrameType | None) -> None:
         forwarded.add(number)
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if not children:  # they have yet to be started, and would not hear of it: nothing is there to be saved
+            raise SystemExit(PREEMPTED_EXIT_CODE)
+        for child in children:
             if child.pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, number)
@@ -289,7 +298,8 @@ def _forwarded_signals(signals: Sequence[signal.Signals]) -> Iterator[set[int]]:
 class PreemptionNotice:
     """Notice `signals` and the end of the job's time, and let all ranks agree on the step at which to stop.
 
-    A second signal, some seconds later, stops at once. A context manager; outside the main thread it notices no signal.
+    The same signal some seconds later, or SIGINT after any, stops at once: a scheduler's warning may be followed by
+    SIGTERM while the run is being saved. A context manager; outside the main thread it notices no signal.
     `deadline`: when to stop unasked, in seconds since 1970.
     """
 
@@ -304,7 +314,7 @@ class PreemptionNotice:
         self.signals = signals
         self.deadline = deadline
         self.given = False
-        self._since = 0.0
+        self._heard: dict[int, float] = {}
         self._former: dict[int, Any] = {}
         self._flag: Tensor | None = None
         self._work: Any = None
@@ -321,14 +331,16 @@ class PreemptionNotice:
             self._work.wait()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.given:
-            if time.monotonic() - self._since > _ONE_REQUEST_S:
-                raise KeyboardInterrupt
-            return
-        self._give(signal.Signals(number).name, "; once more to leave at once")
+        now = time.monotonic()
+        before = self._heard.values() if number == signal.SIGINT else filter(None, [self._heard.get(number)])
+        if any(now - then > _ONE_REQUEST_S for then in before):
+            raise KeyboardInterrupt
+        self._heard.setdefault(number, now)
+        if not self.given:
+            self._give(signal.Signals(number).name, "; once more to leave at once")
 
     def _give(self, reason: str, more: str = "") -> None:
-        self.given, self._since = True, time.monotonic()
+        self.given = True
         if self.session.is_main:
             print(f"{reason}: saving after this step, then leaving{more}", file=sys.stderr)
 

@@ -34,7 +34,14 @@ CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "con
 _NO_GROUPS = ("hydra", "tables")
 
 USER_ERROR_EXIT_CODE = 2
-RANK_LEFT_EXIT_CODE = 1  # it is another rank that has the error: a start anew may help
+PASSING_EXIT_CODE = 1
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
+
+
+class PassingError(Exception):
+    """Its cause, which is of the machines and not of what was asked for: a start anew may help."""
+
+
 # What else a word with a = may be, by command.
 _NO_KEY = {"predict": " (an image whose name holds a = comes after --)"}
 
@@ -64,7 +71,7 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
             with _told(config, traceback_wanted):
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config)(guarded)()
         except KeyboardInterrupt:  # before there was anything to save, or a second time
-            raise SystemExit(128 + signal.SIGINT) from None
+            raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
     return main
 
@@ -96,6 +103,8 @@ def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
     """Run `function(*args)` as a rank that the elastic launcher started, its errors told as `command` tells them."""
     try:
         function(*args)
+    except KeyboardInterrupt:  # the launcher takes a rank that leaves by it for one that has ended well
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except Exception as error:
         text = None if os.environ.get("HYDRA_FULL_ERROR") == "1" else user_message(error, config)
         if text is not None:
@@ -108,11 +117,15 @@ def fail(text: str, error: Exception | None = None) -> None:
     """Print `text` as this command's error, which is `error`'s, and leave."""
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
     print(f"{Path(sys.argv[0]).name}: {rank}error: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(USER_ERROR_EXIT_CODE if error is None or _of_another_rank(error) is None else RANK_LEFT_EXIT_CODE)
+    passing = isinstance(error, PassingError) or (error is not None and _of_another_rank(error) is not None)
+    raise SystemExit(PASSING_EXIT_CODE if passing else USER_ERROR_EXIT_CODE)
 
 
 def user_message(error: BaseException, config: str) -> str | None:
     """Return what to tell a user of `error`, or None where it is our own mistake and wants a traceback."""
+    if isinstance(error, PassingError):
+        assert error.__cause__ is not None
+        return user_message(error.__cause__, config)
     if isinstance(error, MissingConfigException):
         return _closest_option(error)
     if isinstance(error, ConfigCompositionException):
@@ -151,7 +164,7 @@ def _of_another_rank(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     if re.search("onnection (closed|reset) by peer|remote process exited|socket closed", str(error), re.IGNORECASE):
-        return "another rank has left; its own message says why"
+        return "another rank has left: its own message says why, or its launcher's where it was killed"
     if re.search("timed? ?out", str(error), re.IGNORECASE):
         return (
             f"another rank has not answered for too long (timeout_s=): it hangs, or the network to it is cut ({error})"

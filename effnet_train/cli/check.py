@@ -274,7 +274,11 @@ def _check_type(key: str, value: object, hint: Any) -> None:
     if not _fits(value, plain):
         shown = "null" if value is None else repr(value)
         words = list(dict.fromkeys(_words(plain)))
-        example = f": give {key}=[{value}]" if words == [_WORDS[list]] and isinstance(value, str | int | float) else ""
+        example = (
+            f": give {key}=[{value}]"
+            if words[0].startswith(_WORDS[list]) and len(words) == 1 and isinstance(value, str | int | float)
+            else ""
+        )
         raise ValueError(f"{key}={shown} must be {' or '.join(words)}{example}")
     if is_dataclass(hint):
         assert isinstance(value, Mapping)
@@ -295,6 +299,8 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, Mapping, NoneType):
         return isinstance(value, hint)
+    if origin is list and isinstance(value, list):
+        return all(_fits(one, get_args(hint)[0]) for one in value)
     known = hint not in (Any, inspect.Parameter.empty) and not isinstance(hint, str)
     return not known or not isinstance(value, str | int | float | None)
 
@@ -306,6 +312,8 @@ def _words(hint: Any) -> list[str]:
         return [word for part in get_args(hint) for word in _words(part)]
     if origin is Literal:
         return [str(value) for value in get_args(hint)]
+    if origin is list and get_origin(get_args(hint)[0]) is Literal:
+        return [f"a list of {', '.join(_words(get_args(hint)[0]))}"]
     if inspect.isclass(origin):
         hint = list if issubclass(origin, Sequence) else Mapping if issubclass(origin, Mapping) else hint
     return [_WORDS.get(hint, "another kind of value")]

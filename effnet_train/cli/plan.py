@@ -14,6 +14,7 @@ from effnet_train.cli import build, run_folder
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
+from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Stepper
 from effnet_train.optim.ema import EMA
@@ -30,6 +31,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     ranks = resolve_ranks(cfg.ranks, device)
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
+    Checkpoints(folder, **cfg.checkpoint)
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:

@@ -45,13 +45,17 @@ BAD_IMAGES = "bad_images.txt"
 
 def prepare(
     cfg: DictConfig, folder: Path, session: Session, fault: RollBackError | None = None
-) -> tuple[Run, Callable[[], None]]:
+) -> tuple[Run, Callable[[Callable[[], bool]], None]]:
     """Build a run in `folder`, at its newest good checkpoint, and what is to be done when it has ended.
 
     `fault` sent it back there: the batches that led to it are passed over from now on.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoints = Checkpoints(folder, **config["checkpoint"])
+    if (
+        cfg.timeout_s is not None
+    ):  # a disk that hangs is to be told of before the watchdog takes it for a rank that does
+        checkpoints.patience_s = min(checkpoints.patience_s, cfg.timeout_s / 2)
     former = _newest(checkpoints, config, session)
     precision = build.resolve_precision(
         cfg.precision, session.device, former["meta"].get("precision") if former else None
@@ -103,7 +107,6 @@ def prepare(
         provenance=made_with,
         loggers=loggers,
         session=session,
-        timeout_s=cfg.timeout_s,
     )
     return run, partial(_finish, run, data, score)
 
@@ -138,6 +141,8 @@ def _plan(cfg: DictConfig, data: Data, session: Session) -> Plan:
 def _go_on(former: dict[str, Any], state: TrainState, plan: Plan, checkpoints: Checkpoints, session: Session) -> None:
     """Take up the state of a checkpoint. Raises ValueError where it is past the plan's end."""
     state.load_state_dict(former, session)
+    if session.is_main:
+        print(f"going on from step {state.step:,} of {plan.total_steps:,}", file=sys.stderr)
     if state.step > plan.total_steps:
         raise ValueError(
             f"the run in {checkpoints.folder} is at step {state.step} already, past the last of this plan, "
@@ -284,8 +289,11 @@ def _evaluate(
     )
 
 
-def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> None:
-    """Export the selected weights, score them on what selection never saw, and say where everything lies."""
+def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]], stopped: Callable[[], bool]) -> None:
+    """Export the selected weights, score them on what selection never saw, and say where everything lies.
+
+    Raises Interrupted where `stopped`, asked now and then, says yes: the next start does it anew.
+    """
     session, folder = run.session, run.checkpoints.folder
     session.barrier()  # rank 0 has written what the others are about to read
     if data.test is None and not session.is_main:
@@ -301,7 +309,7 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]]) -> N
     if data.test is not None:
         model = copy.deepcopy(run.state.ema.module)
         model.load_state_dict(weights.tensors)
-        metrics = score(data.test, {"test": model})["test"]
+        metrics = score(data.test, {"test": model}, stopped)["test"]
         summary["test"] = metrics.scalars("test")
         lines.append(f"test/top1 {metrics.top1:.2%}")
     if not session.is_main:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train import slurm
-from effnet_train.cli.app import command, run_rank
+from effnet_train.cli.app import PassingError, command, run_rank
 
 if TYPE_CHECKING:
     from effnet_train.distributed import PreemptionNotice, Session
@@ -37,8 +38,13 @@ def task(cfg: DictConfig) -> None:
         print(describe(cfg, folder, device))
         return
     ranks = distributed.resolve_ranks(cfg.ranks, device)
+    if distributed.launched() and cfg.max_restarts:
+        raise ValueError(
+            f"max_restarts={cfg.max_restarts} is for ranks that this command starts, and a launcher has started this "
+            "one: torchrun --max-restarts=N, or have SLURM requeue the job"
+        )
     try:
-        if distributed.launched() or ranks == 1:
+        if distributed.launched() or (ranks == 1 and not cfg.max_restarts):
             train_rank(config, str(folder), device)
         else:
             build.check_batch(cfg, ranks)  # here already, so that it is said once
@@ -101,14 +107,28 @@ def _train_from_checkpoint(
 ) -> bool:
     """Train to the end, and say whether it was reached. Raises RollBackError where this is to be called again."""
     from effnet_train.cli.rank import prepare
+    from effnet_train.data.remote import RemoteError
+    from effnet_train.engine.evaluate import Interrupted
     from effnet_train.engine.loggers import tell
     from effnet_train.engine.train import train
+    from effnet_train.engine.watchdog import Watchdog
 
     run, finish = prepare(cfg, folder, session, fault)
+
+    def stopped() -> bool:
+        watchdog.beat()
+        return notice.agreed()
+
+    done = False
     try:
-        done = train(run, notice)
-        if done:
-            finish()
+        with Watchdog(session, cfg.timeout_s) as watchdog, suppress(Interrupted):
+            if train(run, notice, watchdog):
+                finish(stopped)
+                done = True
+    except (OSError, RuntimeError, MemoryError, RemoteError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of a GPU, whose memory will be as small the next time
+            raise
+        raise PassingError from error
     finally:
         run.checkpoints.close()
         tell(run.loggers, lambda logger: logger.close())

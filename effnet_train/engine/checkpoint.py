@@ -92,7 +92,7 @@ def _load_payload(path: Path) -> Any:
         ) from error
     except Exception as error:  # an unpickler that meets other bytes than a pickle's may raise anything
         reason = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"checkpoint {path} is damaged ({reason[0]})") from error
+        raise CheckpointError(f"checkpoint {path} is damaged ({reason[0].partition('. This is')[0]})") from error
 
 
 def _check_sums(path: Path) -> None:

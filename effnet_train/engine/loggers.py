@@ -7,8 +7,7 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
@@ -181,64 +180,6 @@ class CsvLogger:
         self._file = self._path.open("a", encoding="utf-8", newline="")
 
 
-class TensorBoardLogger:
-    """Write TensorBoard's event files: numbers, grids of images, and the config as text."""
-
-    def __init__(self, folder: str = "tensorboard") -> None:
-        self.folder = folder
-        self._path = Path(folder)
-        self._writer: Any = None
-
-    def open(self, run_dir: Path, *, step: int, evaluated: int, config: Mapping[str, Any]) -> None:
-        """Begin an event file that tells readers to forget what earlier ones hold of later steps."""
-        self._path = run_dir / self.folder
-        earlier = list(self._path.glob("events.out.tfevents.*"))
-        if step == 0:
-            for file in earlier:
-                file.unlink()
-        # The step named is itself forgotten.
-        self._begin(step + 1 if step else None)
-        if step == 0 or not earlier:
-            text = json.dumps(_plain(config), indent=2)
-            self._writer.add_text("config", f"```json\n{text}\n```", step)
-        self._writer.flush()
-
-    def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
-        """Write each value under its name."""
-        with self._writing() as writer:
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-
-    def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Write the images as one grid."""
-        with self._writing() as writer:
-            writer.add_image(name, image_grid(images), step, dataformats="HWC")
-
-    def _begin(self, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Here, because it takes seconds to import.
-
-        self._writer = SummaryWriter(str(self._path), purge_step=purge_step)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Any]:
-        """Give the writer, in a new file where the one before failed: a writer whose thread has died stays dead."""
-        if self._writer is None:
-            self._begin()
-        try:
-            yield self._writer
-            # Else a run that is killed loses two minutes of events that its checkpoint is already past.
-            self._writer.flush()
-        except OSError:
-            self._writer = None
-            raise
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
 class WandbLogger:
     """Write to Weights & Biases; a resumed run goes on in the same run there.
 
@@ -278,7 +219,7 @@ class WandbLogger:
             id=id_file.read_text().strip(),
             resume="allow",
             dir=str(run_dir),
-            config=_plain(config),
+            config=plain(config),
             mode=self.mode,
         )
 
@@ -343,8 +284,8 @@ class MlflowLogger:
         )
         self._run_id = self._client.create_run(experiment_id, run_name=self.name or run_dir.name).info.run_id
         _replace_text(id_file, self._run_id + "\n")
-        self._client.log_dict(self._run_id, _plain(config), "config.json")
-        params = [Param(key, value[:500]) for key, value in _flat(_plain(config)).items()]
+        self._client.log_dict(self._run_id, plain(config), "config.json")
+        params = [Param(key, value[:500]) for key, value in _flat(plain(config)).items()]
         for i in range(0, len(params), 100):  # MLflow takes 100 at once, of at most 500 characters each.
             self._client.log_batch(self._run_id, params=params[i : i + 100])
 
@@ -367,7 +308,7 @@ class MlflowLogger:
             self._client = None
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce a config to what JSON has."""
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return plain

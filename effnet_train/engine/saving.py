@@ -67,11 +67,14 @@ class _Work:
                 print(f"warning: a checkpoint has not been written in {waited:.0f} s; waiting for it", file=sys.stderr)
         return True
 
-    def finish(self) -> None:
-        self.join()
+    def finish(self, *, at_most_s: float = math.inf) -> bool:
+        """Wait as `join` does, and raise what the work raised."""
+        if not self.join(at_most_s=at_most_s):
+            return False
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return True
 
 
 @dataclass
@@ -82,6 +85,8 @@ class Checkpoints:
 
     A save lets training wait for a copy in memory only, and is written by a thread; without `background` it is waited
     for. One that fails is reported and tried again at the next; failing at `max_failures` steps in a row ends the run.
+    So does a disk that does not answer: a save that is due while the one before has not been written within
+    `patience_s` is one that fails.
 
     `remote` is a URL (s3://, gs://, ...) under which a folder of the run's name gets all that is written, and the
     configuration, faults and logs; on a machine that has less, the run goes on from there.
@@ -93,8 +98,10 @@ class Checkpoints:
     background: bool = True
     remote: str | None = None
     max_failures: int = 3
+    patience_s: float = field(default=300.0, init=False)
     failed_steps: set[int] = field(default_factory=set, init=False)
     written: int | None = field(default=None, init=False)  # the step that was written last
+    _waited: bool = field(default=False, init=False, repr=False)  # all its patience, in vain
     _lost: Mapping[str, float] | None = field(default=None, init=False, repr=False)
     _snapshots: Snapshots = field(default_factory=Snapshots, init=False, repr=False)
     _work: _Work = field(default_factory=_Work, init=False, repr=False)
@@ -103,6 +110,10 @@ class Checkpoints:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep}: at least 1 must stay, to resume from")
+        if self.max_failures < 1:
+            raise ValueError(
+                f"checkpoint.max_failures={self.max_failures}: the first at the earliest ends a run, give 1"
+            )
         epochs = self.milestones if isinstance(self.milestones, list) else [self.milestones]
         for epoch in epochs if self.milestones is not None else ():
             if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not 0 < epoch < math.inf:
@@ -174,30 +185,36 @@ class Checkpoints:
         alone. Where that fails, the checkpoint is written with what was the best before. `must` waits until all is on
         the disk, and makes a failure to write the checkpoint an error. Raises OSError, also for the save before.
         """
-        self._work.finish()
+        if not self._work.finish(at_most_s=0 if self._waited else self.patience_s):
+            text = f"the checkpoint before has not been written for {self.patience_s:.0f} s and more: the disk hangs"
+            self._lost = best_before if best_before is not None else self._lost
+            self._failed(payload["step"], text, TimeoutError(text), must=must)
+            return
         copied = self._snapshots.take(dict(payload))
         write = partial(self._write, copied, step=step, best_before=best_before, milestone=milestone, must=must)
         self._work.start(write)
-        if must or not self.background:
-            self._work.finish()
+        if (must or not self.background) and not self._work.finish(at_most_s=self.patience_s) and must:
+            text = f"the checkpoint of step {payload['step']} has not been written in {self.patience_s:.0f} s"
+            self._failed(payload["step"], text, TimeoutError(text), must=True)
 
     def settle(self) -> Mapping[str, float] | None:
-        """Wait until all is written; where `best.pt` could not be, return what the best was before.
+        """Wait, but no longer than `patience_s`, until all is written.
 
-        Raises OSError where a save that must be there is not, or too many have failed.
+        Where `best.pt` could not be, return what the best was before. Raises OSError where a save that must be there is
+        not, or too many have failed.
         """
-        self._work.finish()
+        self._waited = not self._work.finish(at_most_s=self.patience_s)
         lost, self._lost = self._lost, None
         return lost
 
     def wait(self) -> None:
-        """Wait until nothing is being written; what came of it is told later."""
-        self._work.join()
+        """Wait, but no longer than `patience_s`, until nothing is being written; what came of it is told later."""
+        self._work.join(at_most_s=self.patience_s)
 
     def close(self) -> None:
         """Wait until all is written, and say what went wrong instead of raising it; not for long if interrupted."""
         hurry = isinstance(sys.exception(), KeyboardInterrupt)
-        if not self._work.join(at_most_s=_PATIENCE_S if hurry else math.inf):
+        if not self._work.join(at_most_s=min(_PATIENCE_S, self.patience_s) if hurry else self.patience_s):
             print("warning: leaving before a checkpoint was written; the one before is intact", file=sys.stderr)
             return
         try:
@@ -242,7 +259,7 @@ class Checkpoints:
         try:
             write_atomically(path, lambda file: torch.save(payload, file))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            reason = error.strerror if isinstance(error, OSError) else f"{error}; {_free(path.parent)}"
+            reason = error.strerror if isinstance(error, OSError) else f"not written whole: {_free(path.parent)}"
             self._failed(payload["step"], f"cannot write {path} ({reason})", error, must=must)
             return False
         return True
@@ -251,10 +268,11 @@ class Checkpoints:
         """Count a failure and tell of it. Raises OSError where it is one too many."""
         self.failed_steps.add(step)
         if must:
-            raise OSError(f"{text}; the checkpoints before it are intact") from error
+            raise OSError(f"{text}; the checkpoints before it are intact, and the same command goes on") from error
         if len(self.failed_steps) >= self.max_failures:
             raise OSError(
-                f"{text}, at {self.max_failures} steps in a row; the checkpoints before it are intact"
+                f"{text}, at {self.max_failures} steps in a row; the checkpoints before it are intact: "
+                "make room, or mend the disk, and the same command goes on"
             ) from error
         print(f"warning: {text}; the one before is intact, training goes on", file=sys.stderr, flush=True)
 

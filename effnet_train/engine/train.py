@@ -183,19 +183,13 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # code, packages and machine, kept beside the state
     loggers: Sequence[Logger] = ()
     session: Session = field(default_factory=Session)
-    timeout_s: float | None = None  # without a step or a batch of an evaluation
 
 
-def train(run: Run, notice: PreemptionNotice) -> bool:
+def train(run: Run, notice: PreemptionNotice, watchdog: Watchdog) -> bool:
     """Train from the state's step to the last; return False where a signal asked to stop before, with all saved.
 
     Raises NotFiniteError, on every rank, where the loss or a weight stops being finite; RollBackError, to go back.
     """
-    with Watchdog(run.session, run.timeout_s) as watchdog:
-        return _train(run, notice, watchdog)
-
-
-def _train(run: Run, notice: PreemptionNotice, watchdog: Watchdog) -> bool:
     state, plan = run.state, run.plan
     clock = Clock()
 
@@ -310,10 +304,11 @@ def _not_finite(run: Run, step: int, what: str) -> NotFiniteError:
     run.checkpoints.wait()
     steps = run.checkpoints.steps()
     kept = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
+    back = "" if run.faults.on_nan == "rollback" else "; or go on with on_nan=rollback"
     return NotFiniteError(
         f"{what} is not a finite number at step {step} (epoch {run.plan.epoch(step):.2f}, "
         f"lr={run.plan.lr(step - 1):.4g}); {kept}. Start a run of another name= with a lower schedule.lr_per_256, "
-        "a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32; or go on with on_nan=rollback",
+        f"a longer schedule.warmup_epochs, clip_norm=1, or precision=bf16 or fp32{back}",
         step=step,
         what=what,
     )

@@ -69,17 +69,23 @@ class Watchdog:
 
     def _guard(self) -> None:
         assert self.timeout_s is not None
+        before = time.monotonic()
         while not self._left.wait(self._every_s):
-            waited = time.monotonic() - self._last
-            if waited > self.timeout_s * (1 if self._started else 2):
-                self._end(waited)
+            now = time.monotonic()
+            if now - before > 3 * self._every_s:  # this process was stopped as a whole, which is not its fault
+                self._last += now - before
+            before, last = now, self._last
+            if now - last > self.timeout_s * (1 if self._started else 2):
+                self._end(last)
 
-    def _end(self, waited: float) -> None:
+    def _end(self, last: float) -> None:
+        """Tell and leave, unless the training has gone on meanwhile."""
         stacks = self._stacks()  # as they are now
+        waited = time.monotonic() - last
         lines = [f"[rank {self.session.rank}] error: no step for {waited:.0f} s (timeout_s={self.timeout_s:g})"]
         if self.session.world_size > 1:
             lines += [f"  {line}" for line in self._whereabouts()]
-        if not self._left.is_set():  # it did go on, meanwhile
+        if self._last == last and not self._left.is_set():
             print("\n".join([*lines, "  where this one's threads stand:", *stacks]), file=sys.stderr, flush=True)
             _end_a_deaf_launcher()
             os._exit(HUNG_EXIT_CODE)
@@ -105,13 +111,15 @@ class Watchdog:
     def _publish(self) -> None:
         """Tell the other ranks, now and then, that this process lives and where it stands."""
         number = 0
-        with suppress(Exception):  # a store that is gone: this is for a message only
-            store = self.session.store(timedelta(seconds=self._answer_s))
-            while True:
-                number += 1
-                store.set(_key(self.session.rank), f"{os.getpid()}.{number} {self._where()}")
-                if self._left.wait(self._every_s):
-                    return
+        while not self._left.is_set():
+            with suppress(Exception):  # a store that is away for a while: this is for a message only
+                store = self.session.store(timedelta(seconds=self._answer_s))
+                while True:
+                    number += 1
+                    store.set(_key(self.session.rank), f"{os.getpid()}.{number} {self._where()}")
+                    if self._left.wait(self._every_s):
+                        return
+            self._left.wait(self._every_s)
 
     def _whereabouts(self) -> list[str]:
         """Ask twice where the ranks stand; what has not changed is not alive. A store that is out of reach is told."""

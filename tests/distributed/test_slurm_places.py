@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from effnet_train import slurm
+from effnet_train import distributed, slurm
 from effnet_train.distributed import PreemptionNotice, Session
 
 # The second of three tasks on the second node of two.
@@ -136,3 +136,17 @@ def test_only_the_signals_chosen_are_requests() -> None:
             assert notice.agreed()
     finally:
         signal.signal(signal.SIGUSR2, former)
+
+
+def test_a_warning_and_sigterm_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a scheduler, and after the run's own stop: only the same signal again, or Ctrl-C, cuts a save short."""
+    monkeypatch.setattr(distributed, "_ONE_REQUEST_S", 0.1)
+    with PreemptionNotice(Session(), deadline=time.time()) as notice:
+        assert notice.agreed()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            time.sleep(0.15)
+            signal.raise_signal(number)
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            time.sleep(0.15)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)

@@ -1,5 +1,6 @@
 """A rank that dies, fails or hangs takes the others with it in bounded time, and the next start goes on exactly."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -99,6 +100,44 @@ def test_restarts_are_counted(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     assert "starting the ranks again" not in errors
+
+
+def patient(folder: str) -> None:
+    """Be a rank that takes any signal for a request, and does not heed it."""
+    with distributed.open_session("cpu") as session, distributed.PreemptionNotice(session):
+        (Path(folder) / f"ready-{session.rank}").touch()
+        time.sleep(60)
+
+
+def launch_patient(folder: str) -> None:
+    distributed.launch(run_rank, "train", patient, folder, ranks=2, max_restarts=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [(), (0.0, 4.0)], ids=["early", "twice"])
+def test_signals_that_find_no_heed(tmp_path: Path, moments: tuple[float, ...]) -> None:
+    """Before there are ranks: at once, as one to requeue. A second time: at once, and no start anew."""
+    launcher = multiprocessing.get_context("spawn").Process(target=launch_patient, args=(str(tmp_path),))
+    launcher.start()
+    assert launcher.pid is not None
+    if moments:
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.1)
+    else:
+        # The handler is there before the ranks are.
+        while signal.SIGUSR1 not in caught(launcher.pid):
+            time.sleep(0.001)
+    for moment in moments or (0.0,):
+        time.sleep(moment)
+        os.kill(launcher.pid, signal.SIGUSR1)
+    launcher.join(40)
+    assert launcher.exitcode == (130 if moments else distributed.PREEMPTED_EXIT_CODE)
+
+
+def caught(pid: int) -> set[signal.Signals]:
+    """Return the signals that a process has handlers of."""
+    mask = int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
 
 
 def fail(*_: object, **__: object) -> Any:

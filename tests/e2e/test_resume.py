@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from effnet_train.data.loader import Batch
 from effnet_train.distributed import PreemptionNotice
@@ -42,6 +43,14 @@ def without_provenance(path: Path) -> dict[str, Any]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in VARYING} for line in lines]
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return TensorBoard's numbers as its own reader finds them."""
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if tag not in VARYING]
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
 
 
 def same(one: Any, other: Any) -> bool:
@@ -170,8 +179,10 @@ def test_a_kill_between_an_evaluations_line_and_its_checkpoint(train: Train, mon
         with pytest.raises(KeyboardInterrupt):
             train("parts")
     assert saved == [2, 2]
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names
     parts = train("parts")
     assert rows(whole) == rows(parts)
+    assert events(whole) == events(parts)
     assert same(state(whole, 4), state(parts, 4))
     assert same(without_provenance(whole / "best.pt"), without_provenance(parts / "best.pt"))
 

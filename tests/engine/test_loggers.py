@@ -22,12 +22,12 @@ from effnet_train.engine.loggers import (
     CsvLogger,
     JsonlLogger,
     MlflowLogger,
-    TensorBoardLogger,
     WandbLogger,
     image_grid,
     tell,
 )
 from effnet_train.engine.progress import ProgressLogger, duration
+from effnet_train.engine.tensorboard import TensorBoardLogger
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = {"total_steps": 8, "epochs": 2, "model": {"width": 1.0}, "folder": Path("/data")}

@@ -524,3 +524,30 @@ def test_a_copy_in_s3(s3: Any, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[0] == "goes on from s3://bucket/runs/run/step_000000002.pt"
     assert "checkpoint.remote=s3://absent/runs" in refused
     assert "bucket does not exist" in refused
+
+
+def test_a_disk_that_hangs_is_one_that_fails(
+    tmp_path: Path, disk: threading.Event, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training goes on, its best is the one that is there, and after `max_failures` it ends; what comes late counts."""
+    checkpoints = Checkpoints(tmp_path, max_failures=2)
+    checkpoints.patience_s = 0.2
+    checkpoints.save(payload(1))
+    assert checkpoints.settle() is None
+    checkpoints.save(payload(2), best_before={"step": 0})
+    assert "has not been written for 0 s and more: the disk hangs" in capsys.readouterr().err
+    assert checkpoints.settle() == {"step": 0}
+    with pytest.raises(OSError, match="at 2 steps in a row"):
+        checkpoints.save(payload(3))
+    with pytest.raises(OSError, match="the checkpoints before it are intact"):
+        checkpoints.save(payload(3), must=True)
+    checkpoints.close()
+    assert "leaving before a checkpoint was written" in capsys.readouterr().err
+    disk.set()
+    checkpoints.patience_s = 30
+    checkpoints.settle()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(payload(4))
+    checkpoints.settle()
+    assert checkpoints.steps() == [1, 4]
+    assert not checkpoints.failed_steps
