@@ -1,13 +1,16 @@
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from effnet_train.search.coefficients import PUBLISHED_PHI
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.cli.scale_search import cost_of
+from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, largest_phi, scaled
 
 FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
 CANDIDATES = ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1")
@@ -47,7 +50,7 @@ def test_b0_is_phi_0_with_the_papers_numbers(cli: Any) -> None:
 def test_a_budget_is_kept_and_used(cli: Any, tmp_path: Path) -> None:
     outcome = cli("scale", "apply", "model=nano", "flops=2e6", "output=nets/model/mine.yaml", "multiple=1")
     assert outcome.status == 0, outcome.err
-    counted = float(outcome.out.partition("multiply-adds  ")[2].split()[0]) * 1e9
+    counted = float(outcome.out.partition("multiply-adds  ")[2].split(" million")[0]) * 1e6
     assert 1.7e6 < counted <= 2e6
     assert "effnet-train --config-dir nets model=mine" in outcome.out
     trained = cli("train", "--config-dir", "nets", "model=mine", "data=digits", "--cfg", "job")
@@ -168,6 +171,26 @@ def test_what_search_refuses(cli: Callable[..., Any], arguments: tuple[str, ...]
     outcome = cli("scale", "search", *words, *arguments)
     assert outcome.status == 2
     assert message in outcome.err
+
+
+def test_the_points_of_the_study_cost_the_same(compose: Callable[..., dict[str, Any]]) -> None:
+    script = (CONFIG_DIR.parent / "scripts" / "scaling_cifar10.sh").read_text(encoding="utf-8")
+    points = [line.removeprefix('    echo "').rstrip('"').split() for line in script.split("points()")[1].splitlines()]
+    points = [words for words in points if len(words) > 1 and words[1].startswith("model.")]
+    model = {name: compose("train", "model=nano", "data.root=x", *words)["model"] for name, *words in points}
+    counted = {name: cost_of(config, 10).multiply_adds for name, config in model.items()}
+    assert counted["baseline"] == 712_944
+    budget = counted["resolution"]
+    assert all(0.97 < counted[name] / budget <= 1 for name in ("depth", "width", "resolution", "compound"))
+    # As effnet-scale apply has it, the largest networks within the budget.
+    for name, law in {"depth": (2, 1, 1), "width": (1, 2**0.5, 1), "compound": (1.2, 1.1, 1.15)}.items():
+        coefficients = Coefficients(*law)
+        own = partial(scaled, model["baseline"], coefficients)
+        cost = partial(cost_of, classes=10)
+        phi = largest_phi(lambda phi, own=own: cost(model["baseline"] | own(phi)).multiply_adds, budget, precision=0.01)
+        largest, taken = cost(model["baseline"] | own(phi)), cost(model[name])
+        assert taken.multiply_adds == pytest.approx(largest.multiply_adds, rel=0.005)
+        assert taken.parameters == pytest.approx(largest.parameters, rel=0.005)
 
 
 def test_jobs_are_listed(cli: Any) -> None:
