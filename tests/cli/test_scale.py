@@ -1,5 +1,6 @@
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     own = folder / f"{bad}-seed0" / f"{bad}-seed0"
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("{epochs: 77}", encoding="utf-8")
-    words = [text for text in tiny if not text.startswith("name=")]
+    # The base is a file of the user's own.
+    assert cli("scale", "apply", "model=nano", "phi=0", "multiple=1", "output=my nets/model/mine.yaml").status == 0
+    words = ["--config-dir", "my nets", "model=mine", *(text for text in tiny if not text.startswith("name="))]
     outcome = cli("scale", "search", *words, *FEW, "name=found")
     assert outcome.status == 1, outcome.err
     assert f"training 2 of 2: {bad}, seed 0" in outcome.out
@@ -148,6 +151,9 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert "1 of 2 trainings have ended before" in again.out
     assert f"training 1 of 1: {bad}, seed 0" in again.out
     assert (run / "summary.json").stat().st_mtime_ns == before
+
+    further = again.out.partition("the best, scaled further: effnet-scale ")[2]
+    assert cli("scale", *shlex.split(further)).status == 0
 
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
