@@ -11,13 +11,13 @@ SHEET = Sheet(
     [
         Column("name", "network"),
         Column("paper", "paper", "top-1, %", ".1f", True),
-        Column("here", "here", "top-1, %", ".1f", True),
+        Column("mine", "here", "top-1, %", ".1f", True),
         Column("never", "never", form="d"),
         Column("size_m", "parameters, M", form="g"),
     ],
     [
-        {"name": "A_1 & B", "paper": 0.771, "here": 0.765, "here_spread": 0.0021, "size_m": 5.3},
-        {"name": "C|D", "paper": 0.5, "here": 0.5, "from_paper": ["here"], "size_m": None},
+        {"name": "A_1 & B", "paper": 0.771, "mine": 0.765, "mine_spread": 0.0021, "size_m": 5.3},
+        {"name": "C|D", "paper": 0.5, "mine": 0.5, "from_paper": ["mine"], "size_m": None},
     ],
     ["A note"],
 )
@@ -39,12 +39,12 @@ def test_csv_holds_bare_values_and_names_the_papers() -> None:
         {
             "name": "A_1 & B",
             "paper": "0.771",
-            "here": "0.765",
-            "here_spread": "0.0021",
+            "mine": "0.765",
+            "mine_spread": "0.0021",
             "size_m": "5.3",
             "from_paper": "",
         },
-        {"name": "C|D", "paper": "0.5", "here": "0.5", "here_spread": "", "size_m": "", "from_paper": "here"},
+        {"name": "C|D", "paper": "0.5", "mine": "0.5", "mine_spread": "", "size_m": "", "from_paper": "mine"},
     ]
 
 

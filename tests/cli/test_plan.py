@@ -20,7 +20,7 @@ def everything(folder: Path) -> dict[str, int]:
 
 def test_a_dry_run_of_the_papers_b0(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Table 2's numbers, and the schedule's by hand: 1,281,167 / 4096 steps an epoch, 0.256 at the peak."""
-    monkeypatch.setattr(plan, "_images_per_s", lambda *_: (100.0, "as told"))
+    monkeypatch.setattr(plan, "images_per_s", lambda *_: (100.0, "as told"))
     done = cli("train", "model=b0", "data=imagenet", "dry_run=true", "device=cpu", "accumulate=64")
     assert done.status == 0, done.err
     rows = dict(line.split(maxsplit=1) for line in done.out.splitlines() if not line.startswith("learning rate"))
@@ -60,7 +60,7 @@ def run_of_digits(trained: Path) -> Path:
 
 def test_a_dry_run_downloads_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the folder is there, and empty."""
-    monkeypatch.setattr(plan, "_images_per_s", lambda *_: (100.0, "as told"))
+    monkeypatch.setattr(plan, "images_per_s", lambda *_: (100.0, "as told"))
     (tmp_path / "data" / "cifar10").mkdir(parents=True)
     done = cli("train", "model=nano", "data=cifar10", "dry_run=true", "device=cpu", "data.minival=5000")
     assert done.status == 0, done.err
@@ -103,7 +103,7 @@ def test_a_dry_run_looks_at_what_a_run_would_start_from(cli: Cli, tiny: list[str
 
 def test_a_dry_run_copies_and_fetches_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parquet's images are counted in place, those of the hub not at all."""
-    monkeypatch.setattr(plan, "_images_per_s", lambda *_: (100.0, "as told"))
+    monkeypatch.setattr(plan, "images_per_s", lambda *_: (100.0, "as told"))
     for split, rows in (("train", 40), ("validation", 4)):
         table = pa.table({"image": pa.array([{"bytes": b"x"}] * rows), "label": [0, 1] * (rows // 2)})
         pq.write_table(table, tmp_path / f"{split}.parquet")
