@@ -128,7 +128,7 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     # The base is a file of the user's own.
     assert cli("scale", "apply", "model=nano", "phi=0", "multiple=1", "output=my nets/model/mine.yaml").status == 0
     words = ["--config-dir", "my nets", "model=mine", *(text for text in tiny if not text.startswith("name="))]
-    outcome = cli("scale", "search", *words, *FEW, "name=found")
+    outcome = cli("scale", "search", *words, *FEW, "name=found", "jobs=2")
     assert outcome.status == 1, outcome.err
     assert f"training 2 of 2: {bad}, seed 0" in outcome.out
     assert f"{bad}, seed 0 FAILED: the folder" in outcome.out
