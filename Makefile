@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/nano-digits-demo-seed0
 
-.PHONY: help train test test-slow check format clean
+.PHONY: help train test test-slow test-slurm check format clean
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -30,6 +30,10 @@ test: $(READY) ## pass the fast tests
 
 test-slow: $(READY) ## pass the tests that take minutes
 	$(BIN)/python -m pytest -q -n auto -m 'slow and not gpu'
+
+test-slurm: $(READY) ## pass those of a real SLURM of two nodes: apt-get install slurm-wlm munge; as root
+	@command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || { echo "SLURM is not here: apt-get install slurm-wlm munge"; exit 1; }
+	$(BIN)/python -m pytest -q -m slow tests/e2e/test_slurm.py
 
 check: $(READY) ## format, lint, types, import layers
 	$(BIN)/ruff format --check effnet_train tests

@@ -25,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from effnet_train import slurm
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
+_FINAL = (2, PREEMPTED_EXIT_CODE)  # 2: a user's mistake, as the command line has it
 # All that can ask a run to stop; which of them do is its configuration's choice.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
 _ONE_REQUEST_S = 3.0
-_TIMEOUT = timedelta(minutes=30)  # of a collective, in which all ranks should be at about the same place
+_TIMEOUT_S = 1800.0  # of a collective, in which all ranks should be at about the same place
 _PATIENCE = timedelta(days=7)  # of ranks that wait for another's download; they notice its death at once
 
 
@@ -80,6 +81,13 @@ class Session:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return a connection of its own to the keys and values that all ranks share, for a thread beside the training.
+
+        It gives an error, not after `timeout` alone but also at once, where rank 0 or its launcher has left.
+        """
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -155,9 +163,10 @@ def launched() -> bool:
 
 
 @contextmanager
-def open_session(device: str) -> Iterator[Session]:
+def open_session(device: str, timeout_s: float | None = None) -> Iterator[Session]:
     """Take this process's place from the environment (RANK, WORLD_SIZE, LOCAL_RANK) and leave it in order.
 
+    A collective that takes longer than `timeout_s` (None: half an hour) is an error on the ranks that wait.
     Raises ValueError where this machine has fewer GPUs than ranks.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,7 +181,8 @@ def open_session(device: str) -> Iterator[Session]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     device_id = place if place.type == "cuda" else None
-    dist.init_process_group(backend, device_id=device_id, timeout=_TIMEOUT)
+    timeout = timedelta(seconds=_TIMEOUT_S if timeout_s is None else timeout_s)
+    dist.init_process_group(backend, device_id=device_id, timeout=timeout)
     try:
         yield Session(rank, world, place)
     finally:
@@ -185,18 +195,39 @@ def open_session(device: str) -> Iterator[Session]:
 def _gpu(local_rank: int, local_world: int) -> int:
     """Return which of the GPUs that this process sees is its own: schedulers show a task all, or its own alone."""
     gpus = torch.cuda.device_count()
+    if gpus > local_world and local_rank == 0 and "WORLD_SIZE" in os.environ:  # a launcher has settled the ranks
+        text = (
+            f"{local_world} of the {gpus} GPUs of this machine will be used, as its launcher has started so many ranks"
+        )
+        print(f"warning: {text} (torchrun --nproc-per-node={gpus}, srun --ntasks-per-node={gpus})", file=sys.stderr)
     if 1 < gpus < local_world:
         raise ValueError(f"{local_world} ranks on this machine, which has {gpus} GPUs: start one for each GPU")
     return local_rank if gpus > 1 else 0
 
 
 def launch(
-    function: Callable[..., None], *args: Any, ranks: int, signals: Sequence[signal.Signals] = STOP_SIGNALS
+    function: Callable[..., None],
+    *args: Any,
+    ranks: int,
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
+    max_restarts: int = 0,
 ) -> None:
     """Run `function(*args)` in `ranks` processes of this machine, through torch's elastic launcher.
 
-    The exit code of the first rank that failed becomes this process's. The ranks are told of `signals`.
+    The exit code of the first rank that failed becomes this process's. The ranks are told of `signals`. Where a rank
+    died or hung, all are started again, `max_restarts` times at most; not after an error that would only come again.
     """
+    for restart in range(1, max_restarts + 2):
+        status = _launch(function, args, ranks, signals)
+        if status == 0:
+            return
+        if status in _FINAL or restart > max_restarts:
+            raise SystemExit(status)
+        print(f"status {status}: starting the ranks again ({restart} of {max_restarts})", file=sys.stderr, flush=True)
+
+
+def _launch(function: Callable[..., None], args: Sequence[Any], ranks: int, signals: Sequence[signal.Signals]) -> int:
+    """Run the ranks once and return the exit code to leave with. Torch's own restarts would follow a signal too."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -223,12 +254,16 @@ def launch(
         with logs, _forwarded_signals(signals) as forwarded:
             elastic_launch(config, function)(*args)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        if -first.exitcode in forwarded:  # before the rank could take notice: nothing was there to be saved
-            raise SystemExit(PREEMPTED_EXIT_CODE) from None
-        if first.exitcode < 0:
-            print(f"rank {first.local_rank} was killed by {signal.Signals(-first.exitcode).name}", file=sys.stderr)
-        raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        if -failures[0].exitcode in forwarded:  # before the rank could take notice: nothing was there to be saved
+            return PREEMPTED_EXIT_CODE
+        for failure in failures:
+            if failure.exitcode < 0:
+                killed = signal.Signals(-failure.exitcode)
+                hint = " (by the kernel, where memory ran out: dmesg tells)" if killed == signal.SIGKILL else ""
+                print(f"rank {failure.local_rank} was killed by {killed.name}{hint}", file=sys.stderr, flush=True)
+        return failures[0].exitcode if failures[0].exitcode > 0 else 1
+    return 0
 
 
 @contextmanager

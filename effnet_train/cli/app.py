@@ -34,6 +34,7 @@ CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "con
 _NO_GROUPS = ("hydra", "tables")
 
 USER_ERROR_EXIT_CODE = 2
+RANK_LEFT_EXIT_CODE = 1  # it is another rank that has the error: a start anew may help
 # What else a word with a = may be, by command.
 _NO_KEY = {"predict": " (an image whose name holds a = comes after --)"}
 
@@ -88,7 +89,7 @@ def _told(config: str, traceback_wanted: bool) -> Iterator[None]:
         text = None if traceback_wanted else user_message(error, config)
         if text is None:
             raise
-        fail(text)
+        fail(text, error)
 
 
 def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
@@ -98,16 +99,16 @@ def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
     except Exception as error:
         text = None if os.environ.get("HYDRA_FULL_ERROR") == "1" else user_message(error, config)
         if text is not None:
-            fail(text)
+            fail(text, error)
         traceback.print_exc()
         raise SystemExit(1) from error
 
 
-def fail(text: str) -> None:
-    """Print `text` as this command's error and leave."""
+def fail(text: str, error: Exception | None = None) -> None:
+    """Print `text` as this command's error, which is `error`'s, and leave."""
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
     print(f"{Path(sys.argv[0]).name}: {rank}error: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(USER_ERROR_EXIT_CODE)
+    raise SystemExit(USER_ERROR_EXIT_CODE if error is None or _of_another_rank(error) is None else RANK_LEFT_EXIT_CODE)
 
 
 def user_message(error: BaseException, config: str) -> str | None:
@@ -142,8 +143,19 @@ def user_message(error: BaseException, config: str) -> str | None:
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         # What a data worker raised comes with the worker's traceback before it.
         return re.split(rf"\n[\w.]*{type(error).__name__}: ", str(error))[-1].rstrip()
-    if isinstance(error, RuntimeError) and re.search("onnection (closed|reset) by peer", str(error)):
+    return _of_another_rank(error)
+
+
+def _of_another_rank(error: BaseException) -> str | None:
+    """Return what to say of an error that is but the trace of another rank's."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if re.search("onnection (closed|reset) by peer|remote process exited|socket closed", str(error), re.IGNORECASE):
         return "another rank has left; its own message says why"
+    if re.search("timed? ?out", str(error), re.IGNORECASE):
+        return (
+            f"another rank has not answered for too long (timeout_s=): it hangs, or the network to it is cut ({error})"
+        )
     return None
 
 

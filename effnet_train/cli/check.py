@@ -38,6 +38,8 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("init_from", "init_source"), str | None),
     "stop_signals": list[StopSignal],
     "stop_before_end_s": float,
+    "timeout_s": float | None,
+    "max_restarts": int,
     "run_root": str,
     "name": str | int,
 }
@@ -174,15 +176,18 @@ _LEAST: Mapping[str, int] = {
             "threads",
             "resolution",
             "num_classes",
+            "timeout_s",
             "top",
             "min_side",
+            "count",
             "multiple",
             "jobs",
         ),
         1,
     ),
-    **dict.fromkeys(("min_side", "count"), 1),
-    **dict.fromkeys(("seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index", "warmup"), 0),
+    **dict.fromkeys(
+        ("max_restarts", "seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index", "warmup"), 0
+    ),
 }
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",

@@ -52,17 +52,7 @@ def prepare(
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoints = Checkpoints(folder, **config["checkpoint"])
-    run_folder.check(folder, config)
-    with session.main_first():  # the others come when rank 0 has written, and fetched, what all are about to read
-        if session.is_main:
-            checkpoints.fetch(partial(run_folder.check, config=config))
-    former = checkpoints.newest()
-    step = former["step"] if former else 0
-    if session.broadcast(step) != step:
-        raise FileNotFoundError(
-            f"rank 0 goes on from another step than rank {session.rank}, which is at {step}: "
-            f"the folder {folder.absolute()} must be on a file system that all machines share"
-        )
+    former = _newest(checkpoints, config, session)
     precision = build.resolve_precision(
         cfg.precision, session.device, former["meta"].get("precision") if former else None
     )
@@ -71,10 +61,7 @@ def prepare(
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
     check_device(data.backend, session.device, data.preprocess, augment)
-    plan = build.build_plan(cfg, len(data.train))
-    too_large = build.check_size(cfg.batch_size, len(data.train))
-    if too_large and session.is_main:
-        print(f"warning: {too_large}", file=sys.stderr)
+    plan = _plan(cfg, data, session)
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
@@ -87,27 +74,26 @@ def prepare(
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)
-    faults = _faults(cfg, folder, plan, data, session)
-    if fault is not None:
-        faults.record(fault.step, fault.what, action="rollback", from_step=state.step)
+    faults = _faults(cfg, folder, plan, data, session, fault, state.step)
     made_with = provenance(session.device)
     loggers = _open_loggers({**config, "provenance": made_with}, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
+    step = Stepper(
+        network=network,
+        loss=loss,
+        preprocess=data.preprocess,
+        num_classes=len(data.classes),
+        precision=precision,
+        accumulate=cfg.accumulate,
+        clip_norm=cfg.clip_norm,
+        mixing=mixing,
+        skip_bad=cfg.on_nan == "skip",
+        session=session,
+    )
     run = Run(
         state=state,
         plan=plan,
-        step=Stepper(
-            network=network,
-            loss=loss,
-            preprocess=data.preprocess,
-            num_classes=len(data.classes),
-            precision=precision,
-            accumulate=cfg.accumulate,
-            clip_norm=cfg.clip_norm,
-            mixing=mixing,
-            skip_bad=cfg.on_nan == "skip",
-            session=session,
-        ),
+        step=step,
         batches=partial(_batches, cfg, data, augment, plan, folder, session, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
@@ -117,8 +103,36 @@ def prepare(
         provenance=made_with,
         loggers=loggers,
         session=session,
+        timeout_s=cfg.timeout_s,
     )
     return run, partial(_finish, run, data, score)
+
+
+def _newest(checkpoints: Checkpoints, config: dict[str, Any], session: Session) -> dict[str, Any] | None:
+    """Return the newest good checkpoint of a run, from its folder or the copy of it elsewhere, to all ranks.
+
+    Raises ValueError where the run is of another configuration, FileNotFoundError where ranks find different ones.
+    """
+    run_folder.check(checkpoints.folder, config)
+    with session.main_first():  # the others come when rank 0 has written, and fetched, what all are about to read
+        if session.is_main:
+            checkpoints.fetch(partial(run_folder.check, config=config))
+    former = checkpoints.newest()
+    step = former["step"] if former else 0
+    if session.broadcast(step) != step:
+        raise FileNotFoundError(
+            f"rank 0 goes on from another step than rank {session.rank}, which is at {step}: "
+            f"the folder {checkpoints.folder.absolute()} must be on a file system that all machines share"
+        )
+    return former
+
+
+def _plan(cfg: DictConfig, data: Data, session: Session) -> Plan:
+    plan = build.build_plan(cfg, len(data.train))
+    too_large = build.check_size(cfg.batch_size, len(data.train))
+    if too_large and session.is_main:
+        print(f"warning: {too_large}", file=sys.stderr)
+    return plan
 
 
 def _go_on(former: dict[str, Any], state: TrainState, plan: Plan, checkpoints: Checkpoints, session: Session) -> None:
@@ -185,14 +199,26 @@ def _open_loggers(config: dict[str, Any], plan: Plan, folder: Path, state: Train
     return loggers
 
 
-def _faults(cfg: DictConfig, folder: Path, plan: Plan, data: Data, session: Session) -> Faults:
+def _faults(
+    cfg: DictConfig,
+    folder: Path,
+    plan: Plan,
+    data: Data,
+    session: Session,
+    new: RollBackError | None,
+    step: int,
+) -> Faults:
+    """Return what the run knows of its faults, with `new`, which sent it back to `step`."""
     known = session.broadcast(read_faults(folder) if session.is_main else [])
 
     def images(step: int) -> list[str]:
         order = Order(len(data.train), plan.batch_size, cfg.seed, passed_over=passed_over(known))
         return [data.train.name(index) for index in order.batch(step - 1)[0].tolist()]
 
-    return Faults(folder, cfg.on_nan, images, lambda step: plan.lr(step - 1), session.is_main, known)
+    faults = Faults(folder, cfg.on_nan, images, lambda step: plan.lr(step - 1), session.is_main, known)
+    if new is not None:
+        faults.record(new.step, new.what, action="rollback", from_step=step)
+    return faults
 
 
 def _batches(

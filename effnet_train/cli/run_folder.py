@@ -29,6 +29,7 @@ FREE = (
     "eval_batch_size",
     "log_every",
     "loggers",
+    "max_restarts",
     "max_steps",
     "model.checkpointing",
     "name",
@@ -40,6 +41,7 @@ FREE = (
     "stop_before_end_s",
     "stop_signals",
     "threads",
+    "timeout_s",
     "workers",
 )
 # Overrides that the default name holds already.

@@ -43,7 +43,7 @@ def task(cfg: DictConfig) -> None:
         else:
             build.check_batch(cfg, ranks)  # here already, so that it is said once
             rank = (run_rank, "train", train_rank, config, str(folder), device)
-            distributed.launch(*rank, ranks=ranks, signals=signals)
+            distributed.launch(*rank, ranks=ranks, signals=signals, max_restarts=cfg.max_restarts)
     except SystemExit as stop:
         if stop.code == distributed.PREEMPTED_EXIT_CODE:
             _requeue()
@@ -77,7 +77,8 @@ def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     cfg = OmegaConf.create(config)
     signals = [signal.Signals[name] for name in cfg.stop_signals]
     with (
-        open_session(device) as session,
+        # Twice: what hangs is to be found by the watchdog, which knows more.
+        open_session(device, cfg.timeout_s and 2 * cfg.timeout_s) as session,
         PreemptionNotice(session, signals=signals) as notice,
         locked(Path(folder), session),
     ):

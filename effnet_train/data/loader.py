@@ -2,14 +2,9 @@
 
 import errno
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +24,7 @@ from effnet_train.data.device_decode import decoder_on
 from effnet_train.data.order import Order
 from effnet_train.data.preprocess import eval_image, five_crops
 from effnet_train.data.sources import Source
-from effnet_train.distributed import STOP_SIGNALS
+from effnet_train.data.workers import leave_with_the_trainer, worker_context
 
 # How many neighbours stand in for a corrupt training image before the loader gives up.
 _SUBSTITUTES = 10
@@ -193,38 +188,6 @@ class _OnDevice:
         return Batch(batch.images[send(rows, self.device)], labels, keys, errors)
 
 
-def _worker_context() -> Any:
-    """Return the way to start workers: forked from a clean server, as forking this process's threads could deadlock.
-
-    The server and its workers are born with the signals blocked that ask a run to stop: those go to whole process
-    groups, and the training process needs its workers until its last step is done.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["effnet_train.data.loader"])
-    resource_tracker.ensure_running()  # the server's start would start it, which unblocks SIGTERM and SIGINT
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    return context
-
-
-def _leave_with_the_trainer(_worker: int) -> None:
-    """End this worker when the process ends that it works for, however that happens.
-
-    torch's own watchdog looks at the parent, which is the fork server here; and that waits for its workers.
-    """
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _identity(batch: Any) -> Any:
     return batch
 
@@ -265,9 +228,9 @@ def _loader(images: Dataset[Any], lists: Iterable[Any], workers: int, device: to
         batch_sampler=lists,
         num_workers=workers,
         collate_fn=_identity,
-        worker_init_fn=_leave_with_the_trainer,
+        worker_init_fn=leave_with_the_trainer,
         pin_memory=device.type == "cuda",
-        multiprocessing_context=_worker_context() if workers else None,
+        multiprocessing_context=worker_context() if workers else None,
         prefetch_factor=_PREFETCH if workers else None,
     )
     return _received(iter(loader))

@@ -1,7 +1,6 @@
 """The one loop: every recipe, paper or follow-up, trains through here."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,6 +13,7 @@ from effnet_train.data.loader import Batch
 from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
+from effnet_train.engine.clock import Clock
 from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
 from effnet_train.engine.faults import Faults, NotFiniteError, RollBackError
@@ -21,6 +21,7 @@ from effnet_train.engine.loggers import Logger, tell
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.engine.watchdog import Watchdog
 from effnet_train.models.layers import frozen_statistics
 from effnet_train.optim.schedules import Schedule
 
@@ -182,6 +183,7 @@ class Run:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # code, packages and machine, kept beside the state
     loggers: Sequence[Logger] = ()
     session: Session = field(default_factory=Session)
+    timeout_s: float | None = None  # without a step or a batch of an evaluation
 
 
 def train(run: Run, notice: PreemptionNotice) -> bool:
@@ -189,9 +191,19 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
 
     Raises NotFiniteError, on every rank, where the loss or a weight stops being finite; RollBackError, to go back.
     """
+    with Watchdog(run.session, run.timeout_s) as watchdog:
+        return _train(run, notice, watchdog)
+
+
+def _train(run: Run, notice: PreemptionNotice, watchdog: Watchdog) -> bool:
     state, plan = run.state, run.plan
     clock = Clock()
-    stopped = _look(run, clock, notice)  # an evaluation that the end of the last process cut off
+
+    def agreed() -> bool:
+        watchdog.beat(started=clock.steps > 0)
+        return notice.agreed()
+
+    stopped = _look(run, clock, agreed)  # an evaluation that the end of the last process cut off
     batches: Iterable[Sequence[Batch]] = ()
     if state.step < plan.total_steps and not stopped:
         run.step.settle(state, plan.batch_size)
@@ -204,7 +216,7 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
         if not run.step(state, batch, plan.lr(state.step)):
             run.faults.skipped(state.step)
         clock.did_step(plan.batch_size)
-        stopped = _look(run, clock, notice)
+        stopped = _look(run, clock, agreed)
         if stopped:
             break
     _settle(run)
@@ -212,14 +224,14 @@ def train(run: Run, notice: PreemptionNotice) -> bool:
     return state.step == plan.total_steps and not (stopped and state.evaluated < state.step)
 
 
-def _look(run: Run, clock: "Clock", notice: PreemptionNotice) -> bool:
-    """Log, save and evaluate, where it is time; return whether to stop, with all saved.
+def _look(run: Run, clock: Clock, agreed: Callable[[], bool]) -> bool:
+    """Log, save and evaluate, where it is time; return whether ranks have `agreed` to stop, with all saved.
 
     A save that is due comes before the evaluation, which may crash or be killed, and again with its scores; the next
     start makes up an evaluation that was cut off. After a resume nothing is new but such a one.
     """
     state, plan = run.state, run.plan
-    stopped, trained = notice.agreed(), clock.steps > 0
+    stopped, trained = agreed(), clock.steps > 0
     if clock.images and plan.due(plan.log, state.step):
         _log_training(run, clock)
     end = state.step == plan.total_steps
@@ -229,7 +241,7 @@ def _look(run: Run, clock: "Clock", notice: PreemptionNotice) -> bool:
     # A signal leaves little time: the evaluation that is due is then made on resuming.
     if not stopped and state.evaluated < state.step and plan.due(plan.evaluate, state.step):
         try:
-            best_before = _evaluate(run, notice)
+            best_before = _evaluate(run, agreed)
         except Interrupted:
             stopped = True
             _settle(run)
@@ -263,7 +275,7 @@ def _settle(run: Run) -> None:
         run.state.best = dict(best)
 
 
-def _log_training(run: Run, clock: "Clock") -> None:
+def _log_training(run: Run, clock: Clock) -> None:
     state, plan = run.state, run.plan
     total = state.statistics.clone()
     run.session.sum_(total[:4])
@@ -307,14 +319,14 @@ def _not_finite(run: Run, step: int, what: str) -> NotFiniteError:
     )
 
 
-def _evaluate(run: Run, notice: PreemptionNotice) -> Mapping[str, float] | None:
+def _evaluate(run: Run, agreed: Callable[[], bool]) -> Mapping[str, float] | None:
     """Score raw and averaged weights, and log both; where they are the best, return what the best was before.
 
     Raises Interrupted where ranks agree to stop.
     """
     state = run.state
     _check_finite(run)
-    results = run.evaluate({"val": state.model, "val_ema": state.ema.module}, notice.agreed)
+    results = run.evaluate({"val": state.model, "val_ema": state.ema.module}, agreed)
     values: dict[str, float] = {}
     for name, metrics in results.items():
         values |= metrics.scalars(name)
@@ -347,44 +359,3 @@ def _payload(run: Run) -> dict[str, Any]:
 def _log_images(run: Run, batch: Batch) -> None:
     pixels = batch.images[:32].cpu().numpy()
     tell(run.loggers, lambda logger: logger.images(run.state.step, "train/images", pixels))
-
-
-class Clock:
-    """Time spent training since the last log line, and the share of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        self.images = 0
-        self._seconds = self._waited = 0.0
-        self.start()
-
-    def start(self) -> None:
-        """Start timing a step; what went before it does not count."""
-        self._mark = time.perf_counter()
-
-    def got_data(self) -> None:
-        """Note that the batch is here."""
-        self._waited += time.perf_counter() - self._mark
-        self.did_wait()
-
-    def did_wait(self) -> None:
-        """Count the time since the last note as training."""
-        now = time.perf_counter()
-        self._seconds += now - self._mark
-        self._mark = now
-
-    def did_step(self, images: int) -> None:
-        """Note that a step over `images` images of all ranks was asked of the device."""
-        self.did_wait()
-        self.steps += 1
-        self.images += images
-
-    def rates(self) -> dict[str, float]:
-        """Return the rates since the last call and start anew."""
-        seconds = max(self._seconds, 1e-9)
-        values = {"train/images_per_s": self.images / seconds, "train/data_wait": self._waited / seconds}
-        self._forget()
-        return values

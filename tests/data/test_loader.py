@@ -422,8 +422,8 @@ def test_workers_are_born_with_requests_to_stop_blocked() -> None:
     """All of them: a scheduler sends SIGTERM to every process of a job. In a fresh process, as servers start once."""
     program = (
         "import multiprocessing.forkserver as server, pathlib\n"
-        "from effnet_train.data import loader\n"
-        "loader._worker_context()\n"
+        "from effnet_train.data import workers\n"
+        "workers.worker_context()\n"
         "status = pathlib.Path(f'/proc/{server._forkserver._forkserver_pid}/status').read_text()\n"
         "print(status.partition('SigBlk:')[2].split()[0])\n"
     )

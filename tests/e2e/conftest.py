@@ -24,6 +24,12 @@ def composed(config: str, *overrides: str) -> dict[str, Any]:
     return plain
 
 
+@pytest.fixture
+def compose() -> Callable[..., dict[str, Any]]:
+    """Return the function that gives a rank's configuration."""
+    return composed
+
+
 @pytest.fixture(scope="session")
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that holds the digits once the first run has written them."""

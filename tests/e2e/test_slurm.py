@@ -6,6 +6,7 @@ It needs Debian's slurm-wlm and munge, and root, as whom the daemons run here.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -138,10 +139,15 @@ def whole(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "runs/whole"
 
 
-def submit(cluster: dict[str, str], folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> str:
+def submit(
+    cluster: dict[str, str],
+    folder: Path,
+    *arguments: str,
+    options: tuple[str, ...] = (),
+    script: str = "many_nodes.sbatch",
+) -> str:
     here = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30", "-o", "log")
-    script = str(SCRIPTS / "many_nodes.sbatch")
-    command = ["sbatch", "--parsable", *here, *options, script, *TINY, *arguments]
+    command = ["sbatch", "--parsable", *here, *options, str(SCRIPTS / script), *TINY, *arguments]
     return subprocess.run(command, cwd=folder, env=cluster, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -173,6 +179,48 @@ def test_a_signal_before_the_end_requeues_the_job(cluster: dict[str, str], tmp_p
     assert "JobState=COMPLETED" in job(cluster, number), log.read_text()
     assert "the same command goes on" in log.read_text()
     assert same(state(whole, 40), state(tmp_path / "runs/parts", 40))
+
+
+def test_one_node_of_two_tasks(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
+    options = ("--nodes=1", "--ntasks-per-node=2")
+    number = submit(cluster, tmp_path, "name=one", *PARTS, options=options, script="one_node.sbatch")
+    wait(lambda: has_ended(cluster, number), 240, lambda: job(cluster, number))
+    assert "JobState=COMPLETED" in job(cluster, number), (tmp_path / "log").read_text()
+    assert same(state(whole, 40), state(tmp_path / "runs/one", 40))
+
+
+def test_a_sweep_as_an_array(cluster: dict[str, str], tmp_path: Path) -> None:
+    """B0 and B1 of the eight, one after another."""
+    options = ("--array=0-1%1", "--nodes=1", "-o", "log-%a")
+    number = submit(cluster, tmp_path, "max_steps=1", "model.resolution=32", options=options, script="sweep.sbatch")
+    wait(lambda: all(has_ended(cluster, f"{number}_{task}") for task in (0, 1)), 240, lambda: job(cluster, number))
+    for task in (0, 1):
+        assert "JobState=COMPLETED" in job(cluster, f"{number}_{task}"), (tmp_path / f"log-{task}").read_text()
+        assert (tmp_path / f"runs/b{task}-digits-demo-seed0/summary.json").exists()
+
+
+def test_a_task_that_dies_ends_the_job(cluster: dict[str, str], tmp_path: Path) -> None:
+    number = submit(cluster, tmp_path, "name=parts", *PARTS, "max_steps=4000")
+    log = tmp_path / "log"
+    wait((tmp_path / "runs/parts/step_000000010.pt").exists, 120, log.read_text)
+    os.kill(task(1), signal.SIGKILL)
+    wait(lambda: has_ended(cluster, number), 90, lambda: job(cluster, number))
+    assert "JobState=FAILED" in job(cluster, number)
+    assert "another rank has left" in log.read_text()
+
+
+def task(rank: int) -> int:
+    """Return the process that srun started as a rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                f"SLURM_PROCID={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                and b"effnet-train" in (entry / "cmdline").read_bytes()
+            ):
+                return int(entry.name)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    raise AssertionError(f"no task {rank}")
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: dict[str, str], tmp_path: Path) -> None:
