@@ -1,12 +1,13 @@
 #!/bin/bash
 # The study of docs/reproduce.md: nano at 16 pixels, and what 1.8 times its multiply-adds buy in each dimension.
-#   scripts/scaling_cifar10.sh /path/to/cifar10-shards [RUN_ROOT] [JOBS at once]
-# Interrupted however, the same command goes on. effnet-scale apply (see there) gave the factors.
+#   scripts/scaling_cifar10.sh [RUN_ROOT [JOBS at once [words for the data set]]]
+# Those are data=cifar10 if none are given, which downloads it; or data=folder data.root=/path preprocess@data.preprocess=small.
+# Interrupted however, the same command goes on. The factors are the law's: effnet-scale apply, see there.
 set -euo pipefail
-data=$1 root=${2:-runs/scaling} jobs=${3:-1}
-common=(model=nano recipe=search_proxy data=shards data.root="$data" "data.train='cifar10-train-*.tar'"
-    "data.val='cifar10-test-*.tar'" preprocess@data.preprocess=small augment=none augment.flip=0.5 schedule.warmup_epochs=0.2 epochs=2 evaluate_every.epochs=2
-    device=cpu threads=1 workers=0 run_root="$root" loggers.progress=null)
+root=${1:-runs/scaling} jobs=${2:-1} data=("${@:3}")
+[[ $# -gt 2 ]] || data=(data=cifar10)
+common=(model=nano recipe=search_proxy "${data[@]}" augment=none augment.flip=0.5 epochs=2 schedule.warmup_epochs=0.2
+    evaluate_every.epochs=2 device=cpu threads=1 workers=0 run_root="$root" loggers.progress=null)
 points() {
     echo "baseline   model.resolution=16"
     echo "depth      model.resolution=16 model.depth=1.0"

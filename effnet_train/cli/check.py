@@ -179,25 +179,14 @@ _LEAST: Mapping[str, int] = {
             "timeout_s",
             "top",
             "min_side",
+            "count",
             "multiple",
             "jobs",
-            "count",
         ),
         1,
     ),
     **dict.fromkeys(
-        (
-            "max_restarts",
-            "seed",
-            "stop_before_end_s",
-            "sync_bn",
-            "workers",
-            "step",
-            "reads",
-            "index",
-            "warmup",
-        ),
-        0,
+        ("max_restarts", "seed", "stop_before_end_s", "sync_bn", "workers", "step", "reads", "index", "warmup"), 0
     ),
 }
 _WORDS: Mapping[Any, str] = {

@@ -66,7 +66,7 @@ def apply(cfg: DictConfig) -> None:
         ("parameters", f"{here.parameters:,}"),
         (
             "multiply-adds",
-            f"{_billions(here.multiply_adds)}, {here.multiply_adds / there.multiply_adds:.3g} times the base's; "
+            f"{_large(here.multiply_adds)}, {here.multiply_adds / there.multiply_adds:.3g} times the base's; "
             f"the law says {coefficients.product**phi:.3g}",
         ),
     ]
@@ -150,11 +150,11 @@ def _factors(coefficients: Any, phi: float, resolution: int) -> str:
 
 
 def _costs(cost: Any) -> str:
-    return f"{cost.parameters:,} parameters, {_billions(cost.multiply_adds)} multiply-adds"
+    return f"{cost.parameters:,} parameters, {_large(cost.multiply_adds)} multiply-adds"
 
 
-def _billions(multiply_adds: int) -> str:
-    return f"{multiply_adds / 1e9:.4g} billion"
+def _large(number: int) -> str:
+    return f"{number / 1e9:.4g} billion" if number >= 1e8 else f"{number / 1e6:.4g} million"
 
 
 def _overridden_keys() -> list[str]:

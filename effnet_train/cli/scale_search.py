@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import signal
 import statistics
 import sys
@@ -182,9 +183,15 @@ def _trial(one: Candidate, seed: int, folder: Path, config: Mapping[str, Any]) -
     own += [f"seed={seed}", f"name={one.name}-seed{seed}", f"run_root={_quoted(str(place))}"]
     if choices.get("cluster", "local") != "local":
         own = ["-m", *own, *(text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.launcher."))]
-    searched = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
-    own += [word for path in searched for word in ("--config-dir", path)]
+    own += _config_dir()
     return Trial(f"{one.name}, seed {seed}", place, (sys.executable, "-m", "effnet_train.cli.train_beside", *own))
+
+
+def _config_dir() -> list[str]:
+    """Return the words that name a folder of configurations of the user's own."""
+    sources = HydraConfig.get().runtime.config_sources
+    found = [source.path for source in sources if source.provider == "command-line"]
+    return [word for path in found for word in ("--config-dir", path)]
 
 
 def _quoted(path: str) -> str:
@@ -270,7 +277,9 @@ def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str,
     lines += ["", f"written to {folder / 'search.csv'} and search.json"]
     best = next((row for row in rows if row["rank"] == 1), None)
     if best:
-        model = HydraConfig.get().runtime.choices["model"]
-        values = " ".join(f"{key}={best[key]:g}" for key in ("alpha", "beta", "gamma"))
-        lines.append(f"the best, scaled further: effnet-scale apply model={model} {values} phi=2")
+        hydra_cfg = HydraConfig.get()
+        own = [text for text in hydra_cfg.overrides.task if text.startswith("model.")]
+        values = [f"{key}={best[key]:g}" for key in ("alpha", "beta", "gamma")]
+        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own, *values]
+        lines.append(f"the best, scaled further: effnet-scale apply {shlex.join(words)} phi=2")
     return lines

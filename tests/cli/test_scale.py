@@ -1,5 +1,6 @@
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from effnet_train.search.coefficients import PUBLISHED_PHI
+from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.cli.scale_search import cost_of
+from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, scaled
 
 FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
 CANDIDATES = ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1")
@@ -47,7 +50,7 @@ def test_b0_is_phi_0_with_the_papers_numbers(cli: Any) -> None:
 def test_a_budget_is_kept_and_used(cli: Any, tmp_path: Path) -> None:
     outcome = cli("scale", "apply", "model=nano", "flops=2e6", "output=nets/model/mine.yaml", "multiple=1")
     assert outcome.status == 0, outcome.err
-    counted = float(outcome.out.partition("multiply-adds  ")[2].split()[0]) * 1e9
+    counted = float(outcome.out.partition("multiply-adds  ")[2].split(" million")[0]) * 1e6
     assert 1.7e6 < counted <= 2e6
     assert "effnet-train --config-dir nets model=mine" in outcome.out
     trained = cli("train", "--config-dir", "nets", "model=mine", "data=digits", "--cfg", "job")
@@ -122,8 +125,10 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     own = folder / f"{bad}-seed0" / f"{bad}-seed0"
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("{epochs: 77}", encoding="utf-8")
-    words = [text for text in tiny if not text.startswith("name=")]
-    outcome = cli("scale", "search", *words, *FEW, "name=found")
+    # The base is a file of the user's own.
+    assert cli("scale", "apply", "model=nano", "phi=0", "multiple=1", "output=my nets/model/mine.yaml").status == 0
+    words = ["--config-dir", "my nets", "model=mine", *(text for text in tiny if not text.startswith("name="))]
+    outcome = cli("scale", "search", *words, *FEW, "name=found", "jobs=2")
     assert outcome.status == 1, outcome.err
     assert f"training 2 of 2: {bad}, seed 0" in outcome.out
     assert f"{bad}, seed 0 FAILED: the folder" in outcome.out
@@ -147,6 +152,9 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert f"training 1 of 1: {bad}, seed 0" in again.out
     assert (run / "summary.json").stat().st_mtime_ns == before
 
+    further = again.out.partition("the best, scaled further: effnet-scale ")[2]
+    assert cli("scale", *shlex.split(further)).status == 0
+
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
     assert "batch_size was 16, now 8" in other.err
@@ -168,6 +176,26 @@ def test_what_search_refuses(cli: Callable[..., Any], arguments: tuple[str, ...]
     outcome = cli("scale", "search", *words, *arguments)
     assert outcome.status == 2
     assert message in outcome.err
+
+
+def test_the_points_of_the_study_cost_the_same(compose: Callable[..., dict[str, Any]]) -> None:
+    script = (CONFIG_DIR.parent / "scripts" / "scaling_cifar10.sh").read_text(encoding="utf-8")
+    points = [line.removeprefix('    echo "').rstrip('"').split() for line in script.split("points()")[1].splitlines()]
+    points = [words for words in points if len(words) > 1 and words[1].startswith("model.")]
+    model = {name: compose("train", "model=nano", "data.root=x", *words)["model"] for name, *words in points}
+    counted = {name: cost_of(config, 10).multiply_adds for name, config in model.items()}
+    assert counted["baseline"] == 712_944
+    budget = counted["resolution"]
+    assert all(0.97 < counted[name] / budget <= 1 for name in ("depth", "width", "resolution", "compound"))
+    # They are the largest that the law makes within the budget: phi as effnet-scale apply flops=1315824 finds it.
+    laws = {"depth": ((2, 1, 1), 1.8408), "width": ((1, 2**0.5, 1), 0.8438), "compound": ((1.2, 1.1, 1.15), 0.9648)}
+    for name, (law, phi) in laws.items():
+        largest, larger = (
+            cost_of(model["baseline"] | scaled(model["baseline"], Coefficients(*law), at), 10)
+            for at in (phi, phi + 0.01)
+        )
+        assert counted[name] == pytest.approx(largest.multiply_adds, rel=0.005)
+        assert larger.multiply_adds > budget
 
 
 def test_jobs_are_listed(cli: Any) -> None:

@@ -4,7 +4,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,19 @@ COMMAND = (
 FIRST, SECOND = (Path("found") / f"{name}-seed0" for name in ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1"))
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
+    """Return a function that starts the search; what is left of it ends with the test."""
     command = [sys.executable, "-m", "effnet_train.cli.scale", "search", *COMMAND]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with ExitStack() as stack:
+
+        def run() -> "subprocess.Popen[str]":
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield run
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
@@ -33,11 +44,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to stop"])
-def test_a_search_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_search_goes_on_where_it_was(
+    tmp_path: Path, start: Callable[[], "subprocess.Popen[str]"], number: signal.Signals
+) -> None:
     second = tmp_path / SECOND / SECOND.name
-    process = start(tmp_path)
+    process = start()
     wait_for(lambda: list(second.glob("step_*.pt")) or process.poll() is not None)
-    assert (tmp_path / FIRST / FIRST.name / "summary.json").exists()
+    assert (tmp_path / FIRST / FIRST.name / "summary.json").exists(), (tmp_path / FIRST / "log.txt").read_text()
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     if number == signal.SIGTERM:
@@ -52,7 +65,7 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -
     assert (second / f"step_{step:09d}.pt").exists()
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / FIRST).rglob("*") if path.is_file()}
 
-    process = start(tmp_path)
+    process = start()
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert "1 of 2 trainings have ended before" in out

@@ -3,6 +3,7 @@
 It needs Debian's slurm-wlm and munge, and root, as whom the daemons run here.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -261,6 +262,17 @@ def test_a_sweep_through_submitit(cluster: dict[str, str], tmp_path: Path, whole
     assert sweep.returncode == 0, output
     assert same(state(whole, 40), state(first, 40))
     assert (second / "summary.json").exists()
+
+
+def test_the_candidates_of_a_search_are_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+    grid = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false", "name=found")
+    options = ("cluster=slurm", "hydra.launcher.timeout_min=30", "hydra.launcher.partition=all")
+    command = [sys.executable, "-m", "effnet_train.cli.scale", "search", *TINY, *grid, "max_steps=4", *options]
+    found = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=400)
+    assert found.returncode == 0, found.stdout + found.stderr
+    rows = json.loads((tmp_path / "runs/found/search.json").read_text())["rows"]
+    assert sorted((row["rank"], row["seeds"]) for row in rows) == [(1, 1), (2, 1)]
+    assert len(list((tmp_path / "runs/found").rglob("*_submission.sh"))) == 2
 
 
 def test_a_preempted_job_is_requeued(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
