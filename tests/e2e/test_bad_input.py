@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command: Command, small_disk: 
     (small_disk / "other").write_bytes(bytes(3 << 20))  # and now not even for that
 
     full = command("effnet-train", *arguments, "max_steps=6")
-    assert full.returncode == 2
+    assert full.returncode == 1  # a start anew may help
     assert f"warning: cannot write {small_disk}/run/step_000000002.pt (" in full.stderr
     assert "the one before is intact, training goes on" in full.stderr
     assert full.stderr.count("warning: cannot write") == 2
