@@ -20,6 +20,8 @@ from effnet_train.distributed import Session
 LOCK = ".lock"
 BEAT_S = 10.0  # the owner touches the file as often
 STALE_S = 60.0  # an owner of another machine that has not done so for so long is dead
+_TAKEOVER = f"{LOCK}.takeover"  # made by the one that may remove a stale lock
+_SILENT_BEATS = 2  # that we must have missed ourselves: a file may be old as its file system was away for all
 _LEAVING_S = 60.0  # for a rank to save and leave when its launcher is dead
 _LOOK_S = 0.2
 
@@ -83,15 +85,16 @@ class Lock:
             for folder in self._made:
                 folder.rmdir()
 
-    def _create(self) -> bool:
+    def _create(self, name: str = LOCK) -> bool:
+        path = self.path.with_name(name)
         try:
-            place = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            place = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             os.write(place, json.dumps(self.owner).encode() + b"\n")
         except OSError:  # of a full disk: nobody must wait for an owner that is not named
-            self.path.unlink()
+            path.unlink()
             raise
         finally:
             os.close(place)
@@ -107,7 +110,8 @@ class Lock:
             owner, waited = _read(self.path) or {}, time.monotonic() - start
             reason = _why_dead(owner)
             alive = _is_here(owner) and reason is None
-            if reason is None and not alive and touched == first and max(since, waited) > STALE_S:
+            silent = touched == first and (waited > STALE_S or (since > STALE_S and waited > _SILENT_BEATS * BEAT_S))
+            if reason is None and not alive and silent:
                 reason = f"it has not been heard of for {max(since, waited):.0f} s"
             if reason is not None:
                 self._take_over(owner, reason)
@@ -124,16 +128,23 @@ class Lock:
             time.sleep(_LOOK_S)
 
     def _take_over(self, owner: dict[str, Any], reason: str) -> None:
-        # Two may come at once: only one of them can rename the file, and who got another's gives it back.
-        aside = self.path.with_name(f"{LOCK}.{self.owner['token']}")
-        with suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if (_read(aside) or {}).get("token") == owner.get("token"):
-                print(f"{self.path} is stale, {_name(owner)}: {reason}; taking over", file=sys.stderr)
-            else:
-                with suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        """Remove the lock, if it is `owner`'s still, while no other process may do the same."""
+        aside = self.path.with_name(_TAKEOVER)
+        if not self._create(_TAKEOVER):
+            with suppress(FileNotFoundError):
+                other = _read(aside) or {}
+                if _why_dead(other) or _now(aside.parent) - aside.stat().st_mtime > STALE_S:
+                    aside.unlink()  # it takes no time, but for one that died in its midst
+            time.sleep(_LOOK_S)
+            return
+        try:
+            # Who came before may have made a lock of its own here, after we read the stale one.
+            with suppress(FileNotFoundError):
+                if (_read(self.path) or {}).get("token") == owner.get("token"):
+                    print(f"{self.path} is stale, {_name(owner)}: {reason}; taking over", file=sys.stderr)
+                    self.path.unlink()
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
