@@ -178,7 +178,7 @@ def _state(
         build.check_same_settings(cfg, weights.meta)
     model = build.place(model, session.device).train()
     ema = EMA(model, cfg.ema_decay)
-    sync_batch_norm(model, session, cfg.sync_bn)
+    sync_batch_norm(model, session, session.world_size if cfg.sync_bn == "all" else cfg.sync_bn)
     if cfg.compile:
         model.compile()
     state = TrainState(
