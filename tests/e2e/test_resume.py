@@ -265,8 +265,11 @@ def test_a_best_that_was_not_written_is_not_the_best(train: Train, monkeypatch: 
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_milestones_and_a_copy_elsewhere(train: Train, tmp_path: Path, background: str) -> None:
+def test_milestones_and_a_copy_elsewhere(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
     """A milestone is saved at its own step; on a machine that has nothing, or less, the run goes on from the copy."""
+    monkeypatch.setattr("effnet_train.cli.remote_lock._SETTLE_S", 0.0)
     options = ("max_steps=9", "save_every.steps=4", "checkpoint.milestones=[0.03]", "checkpoint.keep=1")
     options = (*options, f"checkpoint.background={background}", f"checkpoint.remote=memory://{tmp_path.name}")
     whole = train("whole", *options)
