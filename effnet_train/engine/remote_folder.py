@@ -102,12 +102,13 @@ class RemoteFolder:
 
     def beside(self) -> list[str]:
         """Return the names of what lies in the local folder beside the checkpoints: configuration, faults, logs."""
-        files = [path for pattern in ("*", _EVENTS) for path in self.local.glob(pattern) if path.is_file()]
-        return sorted(
-            str(path.relative_to(self.local))
-            for path in files
-            if not path.name.startswith(".") and path.suffix not in (".pt", ".tmp")
-        )
+        return sorted(str(path.relative_to(self.local)) for path in beside(self.local))
+
+
+def beside(folder: Path) -> list[Path]:
+    """Return the files of a run's folder that are no checkpoints, nor unfinished."""
+    files = [path for pattern in ("*", _EVENTS) for path in folder.glob(pattern) if path.is_file()]
+    return [path for path in files if not path.name.startswith(".") and path.suffix not in (".pt", ".tmp")]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from effnet_train.engine.checkpoint import (
     write_atomically,
 )
 from effnet_train.engine.every import Every
-from effnet_train.engine.remote_folder import RemoteFolder, named
+from effnet_train.engine.remote_folder import RemoteFolder, beside, named
 from effnet_train.engine.snapshot import Snapshots
 
 _FETCHED = ".fetched"  # what is being taken over from elsewhere
@@ -235,6 +235,7 @@ class Checkpoints:
     ) -> None:
         """Do what `save` says, in the thread."""
         self._snapshots.wait()
+        _sync_logs(self.folder)  # a checkpoint that outlives its machine must not be past rows that do not
         number, well, names = payload["step"], True, []
         if best_before is not None:
             well = self._try(self.folder / BEST, payload, must=False)
@@ -353,6 +354,16 @@ class Checkpoints:
                 continue
             return step
         return -1
+
+
+def _sync_logs(folder: Path) -> None:
+    with suppress(OSError):  # of a disk that is full or away, the checkpoint tells
+        for path in beside(folder):
+            place = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
 
 
 def _free(folder: Path) -> str:
