@@ -387,7 +387,10 @@ def sync_batch_norm(model: nn.Module, session: Session, group_size: int) -> None
     if group_size <= 1 or session.world_size == 1:
         return
     if session.world_size % group_size:
-        raise ValueError(f"sync_bn={group_size} does not divide the {session.world_size} ranks: choose a divisor")
+        raise ValueError(
+            f"sync_bn={group_size} does not divide the {session.world_size} ranks: choose a divisor, "
+            "or sync_bn=all; a run that goes on may change it"
+        )
     group, _ = dist.new_subgroups(group_size)
 
     def total(tensor: Tensor) -> Tensor:

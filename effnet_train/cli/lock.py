@@ -9,41 +9,46 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from effnet_train import slurm
 from effnet_train.distributed import Session
+from effnet_train.engine.remote_folder import RemoteFolder
 
 LOCK = ".lock"
 BEAT_S = 10.0  # the owner touches the file as often
 STALE_S = 60.0  # an owner of another machine that has not done so for so long is dead
+_TAKEOVER = f"{LOCK}.takeover"  # made by the one that may remove a stale lock
+_SILENT_BEATS = 2  # that we must have missed ourselves: a file may be old as its file system was away for all
 _LEAVING_S = 60.0  # for a rank to save and leave when its launcher is dead
 _LOOK_S = 0.2
 
 
 @contextmanager
-def locked(folder: Path, session: Session) -> Iterator[None]:
-    """Hold the run's folder for this run: rank 0 for all ranks.
+def locked(folder: Path, session: Session, remote: str | None = None) -> Iterator[None]:
+    """Hold the run's folder for this run, and the copy of it in `remote`: rank 0 for all ranks.
 
-    Raises ValueError on rank 0, and SystemExit(2) on the others, where another process holds it; OSError where nothing
-    can be written there.
+    Raises ValueError on rank 0, and SystemExit(2) on the others, where another process holds one; OSError where nothing
+    can be written there, ImportError where a package for it is missing.
     """
-    lock, problem = None, None
-    if session.is_main:
-        try:
-            lock = Lock(folder)
-        except (ValueError, OSError) as error:
-            problem = error
-    try:
+    problem: Exception | None = None
+    with ExitStack() as held:
+        if session.is_main:
+            try:
+                lock = Lock(folder)
+                held.callback(lock.release)
+                if remote is not None:
+                    from effnet_train.cli.remote_lock import RemoteLock
+
+                    held.callback(RemoteLock(RemoteFolder(folder, remote), lock.owner).release)
+            except (ValueError, OSError, ImportError) as error:
+                problem = error
         if session.broadcast(problem is not None):
             raise problem or SystemExit(2)  # said once, by rank 0
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 class Lock:
@@ -83,15 +88,16 @@ class Lock:
             for folder in self._made:
                 folder.rmdir()
 
-    def _create(self) -> bool:
+    def _create(self, name: str = LOCK) -> bool:
+        path = self.path.with_name(name)
         try:
-            place = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            place = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             os.write(place, json.dumps(self.owner).encode() + b"\n")
         except OSError:  # of a full disk: nobody must wait for an owner that is not named
-            self.path.unlink()
+            path.unlink()
             raise
         finally:
             os.close(place)
@@ -105,9 +111,10 @@ class Lock:
         told = False
         while (touched := _touched(self.path)) is not None:
             owner, waited = _read(self.path) or {}, time.monotonic() - start
-            reason = _why_dead(owner)
+            reason = why_dead(owner)
             alive = _is_here(owner) and reason is None
-            if reason is None and not alive and touched == first and max(since, waited) > STALE_S:
+            silent = touched == first and (waited > STALE_S or (since > STALE_S and waited > _SILENT_BEATS * BEAT_S))
+            if reason is None and not alive and silent:
                 reason = f"it has not been heard of for {max(since, waited):.0f} s"
             if reason is not None:
                 self._take_over(owner, reason)
@@ -117,23 +124,30 @@ class Lock:
                 raise ValueError(_refusal(self.path, owner))
             if not told:
                 print(
-                    f"waiting for {_name(owner)}, which holds {self.path}, to leave or to be found dead",
+                    f"waiting for {name_of(owner)}, which holds {self.path}, to leave or to be found dead",
                     file=sys.stderr,
                 )
                 told = True
             time.sleep(_LOOK_S)
 
     def _take_over(self, owner: dict[str, Any], reason: str) -> None:
-        # Two may come at once: only one of them can rename the file, and who got another's gives it back.
-        aside = self.path.with_name(f"{LOCK}.{self.owner['token']}")
-        with suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if (_read(aside) or {}).get("token") == owner.get("token"):
-                print(f"{self.path} is stale, {_name(owner)}: {reason}; taking over", file=sys.stderr)
-            else:
-                with suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        """Remove the lock, if it is `owner`'s still, while no other process may do the same."""
+        aside = self.path.with_name(_TAKEOVER)
+        if not self._create(_TAKEOVER):
+            with suppress(FileNotFoundError):
+                other = _read(aside) or {}
+                if why_dead(other) or _now(aside.parent) - aside.stat().st_mtime > STALE_S:
+                    aside.unlink()  # it takes no time, but for one that died in its midst
+            time.sleep(_LOOK_S)
+            return
+        try:
+            # Who came before may have made a lock of its own here, after we read the stale one.
+            with suppress(FileNotFoundError):
+                if (_read(self.path) or {}).get("token") == owner.get("token"):
+                    print(f"{self.path} is stale, {name_of(owner)}: {reason}; taking over", file=sys.stderr)
+                    self.path.unlink()
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
@@ -149,7 +163,7 @@ class Lock:
             except OSError:  # a file system that is away for a while: checkpoints will say so
                 continue
             # This process had slept so long that another took it for dead: two must not write.
-            print(f"{self.path} was taken over by {_name(owner)}: leaving at once", file=sys.stderr, flush=True)
+            print(f"{self.path} was taken over by {name_of(owner)}: leaving at once", file=sys.stderr, flush=True)
             os._exit(1)
 
 
@@ -195,7 +209,7 @@ def _is_leaving(owner: dict[str, Any]) -> bool:
     return not fields or int(fields[1]) != owner["parent"]
 
 
-def _why_dead(owner: dict[str, Any]) -> str | None:
+def why_dead(owner: dict[str, Any]) -> str | None:
     """Return why the owner can be alive no more, or None where that cannot be told."""
     if _is_here(owner) and _started(owner["pid"]) != owner["started"]:
         return "that process is dead"
@@ -233,7 +247,8 @@ def _now(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _name(owner: dict[str, Any]) -> str:
+def name_of(owner: dict[str, Any]) -> str:
+    """Return what a message calls the owner of a lock."""
     if "pid" not in owner:
         return "an unknown process"
     job = f", SLURM job {owner['slurm'].partition('.')[0]}" if owner.get("slurm") else ""
@@ -242,6 +257,6 @@ def _name(owner: dict[str, Any]) -> str:
 
 def _refusal(path: Path, owner: dict[str, Any]) -> str:
     return (
-        f"the folder {path.parent} is being written by {_name(owner)}: wait for it or stop it, "
+        f"the folder {path.parent} is being written by {name_of(owner)}: wait for it or stop it, "
         f"or give name=... for a folder of its own ({path} goes with that process)"
     )

@@ -178,7 +178,7 @@ def _state(
         build.check_same_settings(cfg, weights.meta)
     model = build.place(model, session.device).train()
     ema = EMA(model, cfg.ema_decay)
-    sync_batch_norm(model, session, cfg.sync_bn)
+    sync_batch_norm(model, session, session.world_size if cfg.sync_bn == "all" else cfg.sync_bn)
     if cfg.compile:
         model.compile()
     state = TrainState(
@@ -295,24 +295,16 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]], stop
     Raises Interrupted where `stopped`, asked now and then, says yes: the next start does it anew.
     """
     session, folder = run.session, run.checkpoints.folder
-    session.barrier()  # rank 0 has written what the others are about to read
     if data.test is None and not session.is_main:
         return
-    which = "ema" if run.select_by.startswith("val_ema/") else "raw"
-    if (folder / BEST).exists():
-        weights = load_weights(folder / BEST, which)
-    else:
-        kept = run.state.ema if which == "ema" else run.state.model
-        weights = Weights(kept.state_dict(), {**run.meta, "step": run.state.step})
+    weights = _selected(run) if session.is_main else None
     lines = [f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5"))]
     summary: dict[str, Any] = {"best": run.state.best, "steps": run.state.step}
     if data.test is not None:
-        model = copy.deepcopy(run.state.ema.module)
-        model.load_state_dict(weights.tensors)
-        metrics = score(data.test, {"test": model}, stopped)["test"]
+        metrics = score(data.test, {"test": _shared(run, weights)}, stopped)["test"]
         summary["test"] = metrics.scalars("test")
         lines.append(f"test/top1 {metrics.top1:.2%}")
-    if not session.is_main:
+    if weights is None:
         return
     export_safetensors(folder / EXPORT, weights)
     write_bytes(folder / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
@@ -322,3 +314,25 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]], stop
     for words, name in (("curves      tensorboard --logdir ", "tensorboard"), ("numbers     ", "metrics.csv")):
         if (folder / name).exists():
             print(f"  {words}{folder / name}")
+
+
+def _selected(run: Run) -> Weights:
+    """Return the weights that the run's scores chose: of `best.pt`, or where nothing was scored the last."""
+    which, best = "ema" if run.select_by.startswith("val_ema/") else "raw", run.checkpoints.folder / BEST
+    if best.exists():
+        return load_weights(best, which)
+    kept = run.state.ema if which == "ema" else run.state.model
+    return Weights(kept.state_dict(), {**run.meta, "step": run.state.step})
+
+
+def _shared(run: Run, weights: Weights | None) -> nn.Module:
+    """Return a network with the weights that rank 0 gives, on all ranks.
+
+    They read no file: on a file system that machines share, another one may see the former `best.pt` for a minute yet.
+    """
+    model = copy.deepcopy(run.state.ema.module)
+    if weights is not None:
+        model.load_state_dict(weights.tensors)
+    for tensor in model.state_dict().values():
+        run.session.sum_(tensor if weights is not None else tensor.zero_())
+    return model

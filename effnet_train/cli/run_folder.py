@@ -44,12 +44,18 @@ FREE = (
     "timeout_s",
     "workers",
 )
+# What tells the runs of a sweep apart, and may change where one goes on: of six ranks there are no groups of four.
+_MAY_CHANGE = ("sync_bn",)
 # Overrides that the default name holds already.
 _IN_NAME = ("model", "data", "recipe", "seed")
 
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _may_change(key: str) -> bool:
+    return _is_free(key) or key in _MAY_CHANGE
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -92,7 +98,7 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:
-    differing = {key: values for key, values in differing_keys(former, config).items() if not _is_free(key)}
+    differing = {key: values for key, values in differing_keys(former, config).items() if not _may_change(key)}
     if differing:
         text = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
         nothing = "" if any(folder.glob("*.pt")) else ". It has no checkpoint yet: to remove it loses nothing"

@@ -86,7 +86,7 @@ def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
         # Twice: what hangs is to be found by the watchdog, which knows more.
         open_session(device, cfg.timeout_s and 2 * cfg.timeout_s) as session,
         PreemptionNotice(session, signals=signals) as notice,
-        locked(Path(folder), session),
+        locked(Path(folder), session, cfg.checkpoint.remote),
     ):
         end = session.broadcast(slurm.end_time(os.environ) if session.is_main else None)
         notice.deadline = slurm.stop_time(end, cfg.stop_before_end_s, time.time())

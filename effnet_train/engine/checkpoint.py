@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written beside, synced, renamed; read without running code."""
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -63,7 +64,11 @@ def write_atomically(path: Path, write: _Writer) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one of our checkpoints to host memory. No code in it is run. Raises CheckpointError, with the reason."""
+    """Read one of our checkpoints to host memory. No code in it is run.
+
+    Raises CheckpointError, with the reason; OSError where the file is there and cannot be read just now, and
+    MemoryError, neither of which says anything of the checkpoint.
+    """
     return _whole(_load_payload(path), path)
 
 
@@ -86,11 +91,19 @@ def _load_payload(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist") from error
+    except (OSError, MemoryError) as error:
+        # The disk's answer, or the system's: passing on to an older checkpoint would lose steps that are there. But
+        # torch's reader, and Python's, say OSError too of what they do not understand, without a number then.
+        if isinstance(error, MemoryError) or error.errno not in (None, errno.EINVAL):
+            raise
+        raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read as plain tensors: it is damaged, or holds code, which is never run"
         ) from error
     except Exception as error:  # an unpickler that meets other bytes than a pickle's may raise anything
+        if "allocate memory" in str(error):  # torch's allocator, of a file whose checksums are right
+            raise MemoryError(f"checkpoint {path} does not fit the memory that is free ({error})") from error
         reason = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint {path} is damaged ({reason[0].partition('. This is')[0]})") from error
 

@@ -5,8 +5,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -25,7 +25,7 @@ from effnet_train.engine.checkpoint import (
     write_atomically,
 )
 from effnet_train.engine.every import Every
-from effnet_train.engine.remote_folder import RemoteFolder
+from effnet_train.engine.remote_folder import RemoteFolder, beside, named
 from effnet_train.engine.snapshot import Snapshots
 
 _FETCHED = ".fetched"  # what is being taken over from elsewhere
@@ -235,6 +235,7 @@ class Checkpoints:
     ) -> None:
         """Do what `save` says, in the thread."""
         self._snapshots.wait()
+        _sync_logs(self.folder)  # a checkpoint that outlives its machine must not be past rows that do not
         number, well, names = payload["step"], True, []
         if best_before is not None:
             well = self._try(self.folder / BEST, payload, must=False)
@@ -306,7 +307,7 @@ class Checkpoints:
         if self.remote is None:
             return
         self._elsewhere = RemoteFolder(self.folder, self.remote)
-        with self._named():
+        with named(self.remote):
             names = self._elsewhere.names()
         here = self._good_step()
         further = [name for name in names if (step_of(name) or -1) > here]
@@ -342,18 +343,8 @@ class Checkpoints:
     def announce(self) -> None:
         """Write the configuration to `remote`, so that a wrong name or want of access is found before any training."""
         if self._elsewhere is not None:
-            with self._named():
+            with named(self._elsewhere.url):
                 self._elsewhere.put(self._elsewhere.beside())
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:  # stores need no folders, but buckets
-            raise FileNotFoundError(
-                f"checkpoint.remote={self.remote}: there is no such place ({error}); give a bucket that is there, or "
-                "null for none"
-            ) from error
 
     def _good_step(self) -> int:
         for step, path in reversed(step_files(self.folder).items()):
@@ -363,6 +354,16 @@ class Checkpoints:
                 continue
             return step
         return -1
+
+
+def _sync_logs(folder: Path) -> None:
+    with suppress(OSError):  # of a disk that is full or away, the checkpoint tells
+        for path in beside(folder):
+            place = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
 
 
 def _free(folder: Path) -> str:

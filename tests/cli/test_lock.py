@@ -80,13 +80,23 @@ def test_a_process_id_that_another_process_has_by_now_is_dead(tmp_path: Path) ->
 
 
 def test_another_machines_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stale if not touched for long, alive if touched while we look; the clock is the file system's."""
+    """Stale if not touched for long, some of it under our eyes; alive if touched then; by the file system's clock."""
     monkeypatch.setattr(lock, "STALE_S", 1.0)
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
     rewrite(tmp_path, machine="another", host="other")
     os.utime(tmp_path / ".lock", (0, time.time() - 2))
     start = time.monotonic()
     Lock(tmp_path).release()
-    assert time.monotonic() - start < 0.9
+    assert 0.4 < time.monotonic() - start < 0.9
+
+    # Old as its file system was away, and its owner lives.
+    rewrite(tmp_path, machine="another", host="other")
+    beat = f"import os, time; time.sleep(0.2); os.utime({str(tmp_path / '.lock')!r})"
+    os.utime(tmp_path / ".lock", (0, time.time() - 2))
+    monkeypatch.setattr(lock, "BEAT_S", 2.0)
+    with subprocess.Popen([sys.executable, "-c", beat]), pytest.raises(ValueError, match=r"written by .* on other"):
+        Lock(tmp_path)
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
 
     rewrite(tmp_path, machine="another", host="other")
     start = time.monotonic()
@@ -134,6 +144,45 @@ def test_of_many_that_come_at_once_one_gets_a_stale_lock(tmp_path: Path) -> None
     errors = [process.communicate()[1] for process in processes]
     assert len(alive) == 1
     assert sum("is being written by" in text for text in errors) == 2
+
+
+def test_a_lock_that_another_has_just_taken_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for no moment: in it a third might make one, and there would be two owners."""
+    rewrite(tmp_path, pid=os.getppid(), started="1", token="dead")
+    take_over, rename, unlink = Lock._take_over, os.rename, Path.unlink
+    held: list[Lock] = []
+    removed: list[str] = []
+
+    def late(self: Lock, owner: dict[str, Any], reason: str) -> None:
+        if not held:
+            held.append(self)
+            held.append(Lock(tmp_path))  # quicker than this one, which has read the stale one
+        take_over(self, owner, reason)
+
+    def note(path: Path) -> None:
+        if path.name == ".lock":
+            removed.append(json.loads(path.read_text())["token"])
+
+    monkeypatch.setattr(Lock, "_take_over", late)
+    monkeypatch.setattr(os, "rename", lambda source, target: (note(Path(source)), rename(source, target)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (note(path), unlink(path, **options)))
+    with pytest.raises(ValueError, match="is being written by"):
+        Lock(tmp_path)
+    assert removed == ["dead"]
+    held[1].release()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("died", [{"started": "1"}, {"machine": "another"}], ids=["here", "elsewhere"])
+def test_who_died_while_taking_over_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: dict[str, str]
+) -> None:
+    monkeypatch.setattr(lock, "STALE_S", 1.0)
+    rewrite(tmp_path, pid=os.getppid(), **died)
+    os.rename(tmp_path / ".lock", tmp_path / ".lock.takeover")
+    rewrite(tmp_path, pid=os.getppid(), started="1")
+    Lock(tmp_path).release()
+    assert not os.listdir(tmp_path)
 
 
 def test_a_full_disk_leaves_no_lock_without_an_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

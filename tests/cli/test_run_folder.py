@@ -31,6 +31,7 @@ def folder(
         (["device=cpu", "data.root=/x", "log_every.steps=5", "~loggers.tensorboard", "checkpoint.keep=1"], ""),
         (["debug=tiny", "augment=none"], "-augment_none"),
         (["init_from=runs/x/best.pt"], "-init_from_runs_x_best.pt"),
+        (["sync_bn=all"], "-sync_bn_all"),
     ],
 )
 def test_a_sweep_tells_its_runs_apart(monkeypatch: pytest.MonkeyPatch, overrides: list[str], suffix: str) -> None:
@@ -43,11 +44,17 @@ def test_a_name_of_ones_own_says_nothing_of_the_choices(monkeypatch: pytest.Monk
 
 
 def test_a_claim_is_kept(tmp_path: Path) -> None:
-    config: dict[str, Any] = {"model": {"width": 1.0}, "seed": 0, "workers": 2, "data": {"root": "a", "val": "val"}}
+    config: dict[str, Any] = {
+        "model": {"width": 1.0},
+        "seed": 0,
+        "workers": 2,
+        "data": {"root": "a", "val": "val"},
+        "sync_bn": 3,
+    }
     claim(tmp_path / "a" / "b", config)
     assert yaml.safe_load((tmp_path / "a" / "b" / "config.yaml").read_text()) == config
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
-    claim(tmp_path / "a" / "b", {**config, "workers": 4, "data": {"root": "c", "val": "val"}})
+    claim(tmp_path / "a" / "b", {**config, "workers": 4, "data": {"root": "c", "val": "val"}, "sync_bn": 2})
     with pytest.raises(ValueError, match=r"a/b holds a run of another configuration: data\.val was 'val', now 'test'"):
         claim(tmp_path / "a" / "b", {**config, "data": {"root": "a", "val": "test"}})
     with pytest.raises(ValueError, match=r"extra was None, now 1; seed was 0, now None\."):

@@ -267,8 +267,11 @@ def test_a_best_that_was_not_written_is_not_the_best(train: Train, monkeypatch: 
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_milestones_and_a_copy_elsewhere(train: Train, tmp_path: Path, background: str) -> None:
+def test_milestones_and_a_copy_elsewhere(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
     """A milestone is saved at its own step; on a machine that has nothing, or less, the run goes on from the copy."""
+    monkeypatch.setattr("effnet_train.cli.remote_lock._SETTLE_S", 0.0)
     options = ("max_steps=9", "save_every.steps=4", "checkpoint.milestones=[0.03]", "checkpoint.keep=1")
     options = (*options, f"checkpoint.background={background}", f"checkpoint.remote=memory://{tmp_path.name}")
     whole = train("whole", *options)
@@ -316,14 +319,37 @@ def test_a_run_keeps_the_precision_it_began_with(train: Train) -> None:
     assert not same(state(folder, 4)["model"], state(folder.with_name("other"), 4)["model"])
 
 
-def test_a_truncated_checkpoint_is_passed_over(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = train("whole")
-    reference = state(whole, 4)
-    newest = whole / "step_000000004.pt"
-    newest.write_bytes(newest.read_bytes()[:-5000])
-    train("whole")
-    assert "step_000000004.pt is damaged" in capsys.readouterr().err
-    assert same(reference, state(whole, 4))
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # a weight's last digit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-5000]), id="truncated"),
+        pytest.param(flip, id="flipped"),
+        pytest.param(Path.unlink, id="deleted"),
+    ],
+)
+def test_without_its_newest_checkpoint_a_run_ends_the_same(
+    train: Train, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    """From the one before it, with the logs and the best of a run that nobody disturbed."""
+    options = ("max_steps=6", "save_every.steps=2", "evaluate_every.steps=2", "log_every.steps=1")
+    whole, parts = train("whole", *options), train("parts", *options, "max_steps=4")
+    newest = parts / "step_000000004.pt"
+    damage(newest)
+    capsys.readouterr()
+    train("parts", *options)
+    told = capsys.readouterr().err
+    assert ("step_000000004.pt is damaged" in told) == (damage is not Path.unlink)
+    assert "going on from step 2 of 6" in told
+    for step in (4, 6):
+        assert same(state(whole, step), state(parts, step))
+    assert same(*(without_provenance(folder / "best.pt") for folder in (whole, parts)))
+    assert rows(whole) == rows(parts)
 
 
 def test_all_checkpoints_damaged_is_an_error(train: Train) -> None:

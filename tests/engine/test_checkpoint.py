@@ -1,5 +1,6 @@
 """A checkpoint is whole, or it is not there; and reading one runs nothing."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -127,3 +128,46 @@ def test_metadata_that_say_too_little_or_nonsense(tmp_path: Path, meta: str, mes
     torch.save({"effnet_train": 1, "step": 1, "model": {}, "ema": {}, "meta": {}}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="say nothing of its model"):
         load_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(OSError(errno.EIO, "Input/output error"), id="disk"),
+        pytest.param(OSError(errno.ESTALE, "Stale file handle"), id="mount"),
+        pytest.param(PermissionError(errno.EACCES, "Permission denied"), id="access"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), id="memory"),
+    ],
+)
+def test_what_cannot_be_read_just_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """Else the checkpoint before it would be taken up, on the one rank whose mount had a fault."""
+    checkpoints = Checkpoints(tmp_path, background=False)
+    checkpoints.save(payload(1))
+    checkpoints.save(payload(2))
+    load = torch.load
+
+    def failing(path: Path, **options: Any) -> Any:
+        if path.name == "step_000000002.pt":
+            raise fault
+        return load(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", failing)
+        with pytest.raises(MemoryError if isinstance(fault, RuntimeError) else OSError, match=str(fault.args[-1])):
+            checkpoints.newest()
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest["step"] == 2
+
+
+def test_a_damaged_file_whose_offsets_lead_nowhere_is_damaged(tmp_path: Path) -> None:
+    """Python says OSError of such a seek: it is the file's fault."""
+    path = tmp_path / "step_000000001.pt"
+    torch.save(payload(), path)
+    data = bytearray(path.read_bytes())
+    data[-46] = 128  # in the place of the zip's directory
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(path)

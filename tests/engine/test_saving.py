@@ -366,6 +366,30 @@ def test_on_a_real_disk_that_is_full_or_read_only_or_gone(tmp_path: Path, troubl
     assert f"{reason[trouble]}); the one before is intact, training goes on" in first
 
 
+def test_logs_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that dies resumes past rows that were only in its memory."""
+    (tmp_path / "tensorboard").mkdir()
+    files = ["metrics.csv", "metrics.jsonl", "faults.jsonl", "tensorboard/events.out.tfevents.1"]
+    for name in files:
+        (tmp_path / name).touch()
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(place: int) -> None:
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{place}"), tmp_path))
+        fsync(place)
+
+    def replaced(source: str, target: Path) -> None:
+        done.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    Checkpoints(tmp_path, background=False).save(payload(1), best_before={})
+    assert sorted(done[:4]) == sorted(files)
+    assert [text for text in done if text.startswith("rename")] == ["rename best.pt", "rename step_000000001.pt"]
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return fsspec's file system in memory, empty."""
