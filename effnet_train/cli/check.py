@@ -96,7 +96,7 @@ DATA_WRITE: Mapping[str, Any] = {
 BENCH_DATA: Mapping[str, Any] = {
     "data": Mapping,
     "shards": Mapping | None,
-    "jobs": list[Literal["train", "eval"]],
+    "jobs": list[str],  # whose values the job itself looks at
     "backends": list[str],
     "workers": list[int],
     **dict.fromkeys(("rounds", "batch_size", "reads", "index"), int),
@@ -289,8 +289,8 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, Mapping, NoneType):
         return isinstance(value, hint)
-    if origin is list and isinstance(value, list):
-        return all(_fits(one, get_args(hint)[0]) for one in value)
+    if origin is list and get_origin(get_args(hint)[0]) is Literal:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
     known = hint not in (Any, inspect.Parameter.empty) and not isinstance(hint, str)
     return not known or not isinstance(value, str | int | float | None)
 
