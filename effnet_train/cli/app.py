@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,31 @@ def command(config: str, task: Callable[[DictConfig], None]) -> Callable[[], Non
             raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
     return main
+
+
+def first_word(program: str, kind: str, about: str, choices: Mapping[str, str]) -> str:
+    """Take away the command line's first word, which names one of `choices`, and return it; the rest is Hydra's.
+
+    `choices` are a line about each by name. Without a choice they are told: raises SystemExit, with status 0 where
+    help was asked for, else 2.
+    """
+    words = sys.argv[1:]
+    if words and words[0] in choices:
+        return sys.argv.pop(1)
+    if words and words[0] not in ("-h", "--help"):
+        print(f"{program}: error: {words[0]} is no {kind}: give one of {', '.join(choices)} first", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+    width = max(map(len, choices)) + 1
+    lines = [f"  {program} {name:{width}} {line}" for name, line in choices.items()]
+    usage = f"{program} {kind.upper()} [key=value ...]: {about}."
+    print("\n".join([usage, "", *lines, "", f"{kind.upper()} --help tells more."]))
+    raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+
+
+def jobs(program: str, config: str, about: str, tasks: Mapping[str, Callable[[DictConfig], None]]) -> None:
+    """Run the job that the first word names, by `configs/<config>_<job>.yaml`; a task's docstring says what it does."""
+    name = first_word(program, "job", about, {job: (task.__doc__ or "").splitlines()[0] for job, task in tasks.items()})
+    command(f"{config}_{name}", tasks[name])()
 
 
 def _check_unfolded(words: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,25 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command, user_message
+from effnet_train.cli.app import jobs, user_message
 from effnet_train.cli.complexity import complexity
 from effnet_train.cli.outputs import check_file, check_folder, writing
 
 
 def main() -> None:
     """Measure what the first word names."""
-    words = sys.argv[1:]
-    if words and words[0] in JOBS:
-        del sys.argv[1]
-        command(f"bench_{words[0]}", JOBS[words[0]])()
-    elif words and words[0] not in ("-h", "--help"):
-        print(f"effnet-bench: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE)
-    else:
-        lines = [f"  effnet-bench {name:11} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
-        usage = "effnet-bench JOB [key=value ...]: measure speeds, count what networks cost."
-        print("\n".join([usage, "", *lines, "", "JOB --help tells more."]))
-        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    jobs("effnet-bench", "bench", "measure speeds, count what networks cost", JOBS)
 
 
 def data(cfg: DictConfig) -> None:

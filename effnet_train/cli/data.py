@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.app import jobs
 from effnet_train.cli.outputs import check_file, check_folder, writing
 
 _PROBLEMS_EXIT_CODE = 1
@@ -25,23 +25,7 @@ _ASIDE = ("root", "cache", "shard_cache", "backend", "on_error", "preprocess", "
 
 def main() -> None:
     """Run the job that the first word names."""
-    words = sys.argv[1:]
-    if words and words[0] in JOBS:
-        del sys.argv[1]
-        command(f"data_{words[0]}", JOBS[words[0]])()
-    elif not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
-    else:
-        print(f"effnet-data: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE)
-
-
-def _usage() -> str:
-    lines = [f"  effnet-data {name:8} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
-    return "\n".join(
-        ["effnet-data JOB [key=value ...]: look after data sets.", "", *lines, "", "JOB --help tells more."]
-    )
+    jobs("effnet-data", "data", "look after data sets", JOBS)
 
 
 def verify(cfg: DictConfig) -> None:

@@ -1,6 +1,5 @@
 """`effnet-plot FIGURE ...`: the paper's figures with one's own runs, and the curves of runs."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.app import command, first_word
 from effnet_train.cli.outputs import check_file, check_folder, writing
 
 if TYPE_CHECKING:
@@ -20,19 +19,10 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 def main() -> None:
     """Draw the figure that the first word names."""
-    words = sys.argv[1:]
-    if words and words[0] in FIGURES:
-        del sys.argv[1]
-        config, draw, _ = FIGURES[words[0]]
-        command(config, partial(draw, words[0]))()
-    elif words and words[0] not in ("-h", "--help"):
-        print(f"effnet-plot: error: {words[0]} is no figure: give one of {', '.join(FIGURES)} first", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE)
-    else:
-        lines = [f"  effnet-plot {name:8} {about}" for name, (_, _, about) in FIGURES.items()]
-        usage = "effnet-plot FIGURE [key=value ...]: the paper's figures with your runs, and the curves of runs."
-        print("\n".join([usage, "", *lines, "", "FIGURE --help tells more."]))
-        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    about = "the paper's figures with your runs, and the curves of runs"
+    name = first_word("effnet-plot", "figure", about, {name: line for name, (_, _, line) in FIGURES.items()})
+    config, draw, _ = FIGURES[name]
+    command(config, partial(draw, name))()
 
 
 def accuracy(name: str, cfg: DictConfig) -> None:

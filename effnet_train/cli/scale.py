@@ -1,6 +1,5 @@
 """`effnet-scale JOB ...`: compound scaling of any network. The first word says what to do, the rest is Hydra's."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import CONFIG_DIR, USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.app import CONFIG_DIR, jobs
 from effnet_train.cli.outputs import check_file, check_folder, writing
 
 _TARGETS = ("phi", "flops", "params", "latency_ms")
@@ -17,18 +16,7 @@ _TARGETS = ("phi", "flops", "params", "latency_ms")
 
 def main() -> None:
     """Run the job that the first word names."""
-    words = sys.argv[1:]
-    if words and words[0] in JOBS:
-        del sys.argv[1]
-        command(f"scale_{words[0]}", JOBS[words[0]])()
-    elif words and words[0] not in ("-h", "--help"):
-        print(f"effnet-scale: error: {words[0]} is no job: give one of {', '.join(JOBS)} first", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE)
-    else:
-        lines = [f"  effnet-scale {name:7} {(job.__doc__ or '').splitlines()[0]}" for name, job in JOBS.items()]
-        usage = "effnet-scale JOB [key=value ...]: compound scaling of any network."
-        print("\n".join([usage, "", *lines, "", "JOB --help tells more."]))
-        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    jobs("effnet-scale", "scale", "compound scaling of any network", JOBS)
 
 
 def search(cfg: DictConfig) -> None:

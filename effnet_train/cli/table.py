@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import USER_ERROR_EXIT_CODE, command
+from effnet_train.cli.app import command, first_word
 from effnet_train.cli.outputs import check_file, writing
 
 # Words that may stand among those of effnet-table and are the trainings': Hydra knows them as groups, not as keys.
@@ -19,22 +19,15 @@ _OF_TRAININGS = ("data=", "data.", "recipe=")
 
 def main() -> None:
     """Print the table that the first word names."""
-    words = sys.argv[1:]
-    if words and words[0] in TABLES:
-        config, job, _ = TABLES[words[0]]
-        sys.argv[1:] = with_overrides(words[1:]) if config == "table" else words[1:]
-        statuses: list[int] = []
-        command(config, lambda cfg: statuses.append(job(cfg)))()
-        if any(statuses):
-            raise SystemExit(max(statuses))
-    elif words and words[0] not in ("-h", "--help"):
-        print(f"effnet-table: error: {words[0]} is no table: give one of {', '.join(TABLES)} first", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE)
-    else:
-        lines = [f"  effnet-table {name}  {about}" for name, (_, _, about) in TABLES.items()]
-        usage = "effnet-table TABLE [key=value ...]: the paper's tables beside what is computed and trained here."
-        print("\n".join([usage, "", *lines, "", "TABLE --help tells more."]))
-        raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+    about = "the paper's tables beside what is computed and trained here"
+    name = first_word("effnet-table", "table", about, {name: line for name, (_, _, line) in TABLES.items()})
+    config, job, _ = TABLES[name]
+    if config == "table":
+        sys.argv[1:] = with_overrides(sys.argv[1:])
+    statuses: list[int] = []
+    command(config, lambda cfg: statuses.append(job(cfg)))()
+    if any(statuses):
+        raise SystemExit(max(statuses))
 
 
 def with_overrides(words: Sequence[str]) -> list[str]:
