@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import jobs, user_message
 from effnet_train.cli.complexity import complexity
-from effnet_train.cli.outputs import check_file, check_folder, writing
+from effnet_train.cli.outputs import make_place, writing
 
 
 def main() -> None:
@@ -38,10 +38,7 @@ def data(cfg: DictConfig) -> None:
         )
     file = Path(config["output"]) if config["output"] else None
     if file:
-        check_folder("output", file.parent)
-        with writing("output", file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        check_file("output", file)
+        make_place("output", file)
     root, size, first = config["data"]["root"], config["batch_size"], (config["backends"] or ["pillow"])[0]
     torch.set_num_threads(1)  # speeds are those of a core
     result: dict[str, Any] = {"machine": data_speed.machine(), "root": root, "rows": []}

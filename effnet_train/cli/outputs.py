@@ -30,6 +30,14 @@ def check_folder(key: str, path: Path) -> None:
         raise ValueError(f"{key}={path} cannot be made, as {there} is a file: choose another place")
 
 
+def make_place(key: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Make the folder of a file where there is none, and check the file as `check_file` does. Raises ValueError."""
+    check_folder(key, path.parent)
+    with writing(key, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    check_file(key, path, suffixes)
+
+
 @contextmanager
 def writing(key: str, path: Path) -> Iterator[None]:
     """Tell an OSError by the key. Raises ValueError."""

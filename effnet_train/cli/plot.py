@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, first_word
-from effnet_train.cli.outputs import check_file, check_folder, writing
+from effnet_train.cli.outputs import check_folder, make_place, writing
 
 if TYPE_CHECKING:
     from effnet_train.analysis.figures import Point
@@ -156,9 +156,7 @@ def _checked(name: str, cfg: DictConfig, types: Mapping[str, Any]) -> tuple[dict
     check.check_config(config, types)
     if config["output"]:
         file = Path(config["output"])
-        check_folder("output", file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_file("output", file, _SUFFIXES)
+        make_place("output", file, _SUFFIXES)
         return config, [file]
     check_folder("output", _FOLDER)
     return config, [_FOLDER / f"{name}{suffix}" for suffix in (".png", ".svg")]

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import CONFIG_DIR, jobs
-from effnet_train.cli.outputs import check_file, check_folder, writing
+from effnet_train.cli.outputs import make_place, writing
 
 _TARGETS = ("phi", "flops", "params", "latency_ms")
 
@@ -164,10 +164,7 @@ def _checked_output(output: str | None) -> Path | None:
     shipped = CONFIG_DIR / "model" / file.name
     if shipped.exists() and file.absolute().parent.resolve() != shipped.parent.resolve():
         raise ValueError(f"output={output}: model={file.stem} is one of ours, which would be taken instead: rename it")
-    check_folder("output", file.parent)
-    with writing("output", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    check_file("output", file)
+    make_place("output", file)
     return file
 
 
