@@ -78,7 +78,7 @@ def _until(
         try:
             # A process that is killed while it writes leaves its last line without an end.
             row = read(line) if line.endswith("\n") else {}
-            scored = any(key.startswith("val") and value not in (None, "") for key, value in row.items())
+            scored = any(is_score(key) and value not in (None, "") for key, value in row.items())
             if int(row["step"]) <= (evaluated if scored else step):
                 kept.append(line)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -86,6 +86,11 @@ def _until(
     if damaged:
         warnings.warn(f"{path}: left out {damaged} line(s) that an interruption had damaged", stacklevel=2)
     return kept
+
+
+def is_score(key: str) -> bool:
+    """Say whether a value is of an evaluation, not of training."""
+    return key.startswith("val")
 
 
 def _replace_text(path: Path, text: str) -> None:

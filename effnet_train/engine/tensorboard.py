@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from effnet_train.engine.loggers import image_grid, plain
+from effnet_train.engine.loggers import image_grid, is_score, plain
 
 
 class TensorBoardLogger:
@@ -55,7 +55,7 @@ class TensorBoardLogger:
             for event in reader.Scalars(tag)
             if evaluated < event.step <= step
         ]
-        kept = [(tag, event) for tag, event in later if not tag.startswith("val")]
+        kept = [(tag, event) for tag, event in later if not is_score(tag)]
         return None if len(kept) == len(later) else kept
 
     def scalars(self, step: int, values: Mapping[str, float], *, epoch: float) -> None:
