@@ -23,10 +23,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_train import slurm
+from effnet_train.exit_codes import INTERRUPTED_EXIT_CODE, PASSING_EXIT_CODE, PREEMPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; nothing else here exits with it.
-# After these the ranks are not started again: a user's mistake, as the command line has it, and requests to leave.
-_FINAL = (2, PREEMPTED_EXIT_CODE, 128 + signal.SIGINT)
+# After these the ranks are not started again: it would end the same way, or was asked to end.
+_FINAL = (USER_ERROR_EXIT_CODE, PREEMPTED_EXIT_CODE, INTERRUPTED_EXIT_CODE)
 # All that can ask a run to stop; which of them do is its configuration's choice.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal or a scheduler may signal a rank and its launcher, which hands the signal on: that is one request, not two.
@@ -268,7 +268,7 @@ def _launch(
                 killed = signal.Signals(-failure.exitcode)
                 hint = " (if by the kernel, for want of memory, dmesg tells)" if killed == signal.SIGKILL else ""
                 print(f"rank {failure.local_rank} was killed by {killed.name}{hint}", file=sys.stderr, flush=True)
-        return failures[0].exitcode if failures[0].exitcode > 0 else 1, bool(forwarded)
+        return failures[0].exitcode if failures[0].exitcode > 0 else PASSING_EXIT_CODE, bool(forwarded)
     return 0, bool(forwarded)
 
 

@@ -5,7 +5,6 @@ import errno
 import itertools
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,16 +25,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from effnet_train.exit_codes import INTERRUPTED_EXIT_CODE, PASSING_EXIT_CODE, USER_ERROR_EXIT_CODE
+
 _PACKAGE = Path(__file__).parent.parent
 # In the wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 # Folders of configs/ that are no choices of a run: Hydra's own, and the paper's numbers.
 _NO_GROUPS = ("hydra", "tables")
-
-USER_ERROR_EXIT_CODE = 2
-PASSING_EXIT_CODE = 1
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 
 class PassingError(Exception):

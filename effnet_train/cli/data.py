@@ -179,7 +179,8 @@ def _words_to_read(to: str, output: Path, splits: Collection[str]) -> str:
 @contextmanager
 def _told_when_stopped() -> Iterator[None]:
     """Turn a request to stop into an orderly end, with a message and the exit status by which a scheduler requeues."""
-    from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS
+    from effnet_train.distributed import STOP_SIGNALS
+    from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
     def stop(number: int, _frame: FrameType | None) -> None:
         for each in STOP_SIGNALS:  # a second one must not disturb the end

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS
+from effnet_train.distributed import STOP_SIGNALS
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
 
 def run_training(words: Sequence[str]) -> int:

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
 from effnet_train.cli.build import build_data, build_model
-from effnet_train.distributed import PREEMPTED_EXIT_CODE, STOP_SIGNALS, Session
+from effnet_train.distributed import STOP_SIGNALS, Session
 from effnet_train.engine.checkpoint import write_bytes
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 from effnet_train.search.coefficients import DIMENSIONS, Coefficients, grid, scaled
 from effnet_train.search.trials import Trial, run_trials
 

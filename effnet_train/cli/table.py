@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, first_word
 from effnet_train.cli.outputs import check_file, writing
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
 # Words that may stand among those of effnet-table and are the trainings': Hydra knows them as groups, not as keys.
 _OF_TRAININGS = ("data=", "data.", "recipe=")
@@ -76,7 +77,7 @@ def networks(cfg: DictConfig, number: int) -> int:
     status = 0
     if config["run"]:
         status = table_runs.train_missing(table, f"table{number}", config)
-        if config["run"] == "plan" or status == table_runs.PREEMPTED:
+        if config["run"] == "plan" or status == PREEMPTED_EXIT_CODE:
             return status
     words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
     changed = paper.change_networks(table["rows"], words)

@@ -13,8 +13,8 @@ from effnet_train.analysis.runs import Run, without
 from effnet_train.cli import build, paper, plan
 from effnet_train.cli.launch import run_training
 from effnet_train.cli.run_folder import FREE
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
-PREEMPTED = distributed.PREEMPTED_EXIT_CODE
 _FAILED = 1
 
 
@@ -53,9 +53,9 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
     for number, training in enumerate(missing, 1):
         print(f"{prefix}: training {number} of {len(missing)}, {training.name}", flush=True)
         status = run_training(training.words)
-        if status == PREEMPTED:
+        if status == PREEMPTED_EXIT_CODE:
             print(f"{prefix}: stopped in {training.name}: the same command goes on", file=sys.stderr)
-            return PREEMPTED
+            return PREEMPTED_EXIT_CODE
         if status:
             failed.append(training.name)
     if failed:

