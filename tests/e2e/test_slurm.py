@@ -213,13 +213,12 @@ def task(rank: int) -> int:
     """Return the process that srun started as a rank."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if (
-                f"SLURM_PROCID={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
-                and b"effnet-train" in (entry / "cmdline").read_bytes()
-            ):
-                return int(entry.name)
-        except (FileNotFoundError, ProcessLookupError):
-            pass
+            program = (entry / "cmdline").read_bytes().split(b"\0")[1:2]  # the word after python
+            its_rank = f"SLURM_PROCID={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if its_rank and program and program[0].endswith(b"/effnet-train"):
+            return int(entry.name)
     raise AssertionError(f"no task {rank}")
 
 
