@@ -176,6 +176,13 @@ def _words_to_read(to: str, output: Path, splits: Collection[str]) -> str:
     return shlex.join(words)
 
 
+class _Stopped(BaseException):
+    """Say that a signal asked to stop: no KeyboardInterrupt, after which Python may leave by SIGINT, not by our status.
+
+    It does so where one has passed through `exec` of a text, as of a data class that a library is just making.
+    """
+
+
 @contextmanager
 def _told_when_stopped() -> Iterator[None]:
     """Turn a request to stop into an orderly end, with a message and the exit status by which a scheduler requeues."""
@@ -185,12 +192,12 @@ def _told_when_stopped() -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         for each in STOP_SIGNALS:  # a second one must not disturb the end
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        raise _Stopped(signal.Signals(number).name)
 
     former = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
-    except KeyboardInterrupt as request:
+    except _Stopped as request:
         name = Path(sys.argv[0]).name
         print(f"{name}: {request}: stopped; the same command goes on from what is written", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE) from None

@@ -300,6 +300,17 @@ def test_convert_asked_to_stop_leaves_nothing_unfinished(
     assert cli("data", *words, "workers=0").status == 0
 
 
+def test_the_exit_code_holds_wherever_the_signal_struck(tmp_path: Path) -> None:
+    """Python leaves by SIGINT where a KeyboardInterrupt has passed through an `exec` of a text, whoever caught it."""
+    (tmp_path / "stopped.py").write_text(
+        "from effnet_train.cli.data import _told_when_stopped\n"
+        "with _told_when_stopped():\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+
+
 def test_reassessed_labels_find_their_images_in_shards(cli: Cli, official: Path, tmp_path: Path) -> None:
     """By the names that the images have had in ImageNet's own archive."""
     words = ("prepare", f"data.root={official}", "data.cache=cache", "data.expected=null")
