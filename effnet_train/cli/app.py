@@ -137,9 +137,11 @@ def run_rank(config: str, function: Callable[..., None], *args: Any) -> None:
 
 def fail(text: str, error: Exception | None = None) -> None:
     """Print `text` as this command's error, which is `error`'s, and leave."""
+    from effnet_train.data.remote import RemoteError
+
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
     print(f"{Path(sys.argv[0]).name}: {rank}error: {text}", file=sys.stderr, flush=True)
-    passing = isinstance(error, PassingError) or (error is not None and _of_another_rank(error) is not None)
+    passing = isinstance(error, PassingError | RemoteError) or (error and _of_another_rank(error) is not None)
     raise SystemExit(PASSING_EXIT_CODE if passing else USER_ERROR_EXIT_CODE)
 
 

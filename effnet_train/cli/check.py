@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
@@ -269,6 +269,8 @@ def _check_type(key: str, value: object, hint: Any) -> None:
             if words[0].startswith(_WORDS[list]) and len(words) == 1 and isinstance(value, str | int | float)
             else ""
         )
+        if isinstance(hint, type) and is_dataclass(hint):
+            example = f": give {', '.join(f'{key}.{field.name}=' for field in fields(hint))}"
         raise ValueError(f"{key}={shown} must be {' or '.join(words)}{example}")
     if is_dataclass(hint):
         assert isinstance(value, Mapping)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from effnet_train.data.remote import file_system, is_remote, retried
+from effnet_train.data.remote import RemoteError, file_system, is_remote, retried
 
 _EVENTS = "*/events.out.tfevents.*"  # TensorBoard's
 # Where a file needs a folder to lie in. Of stores the same call would make a bucket.
@@ -25,7 +25,10 @@ class RemoteFolder:
             raise ValueError(f"checkpoint.remote={url} is no URL: give s3://bucket/folder, gs://..., or null for none")
         self.local = local
         self.url = f"{url.rstrip('/')}/{local.name}"
-        self._system: Any = file_system(self.url)
+        try:
+            self._system: Any = file_system(self.url)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.remote={url}: {error}") from error
         self._put: dict[str, tuple[int, int]] = {}  # size and time of what was put
         self._made: set[str] = set()  # folders; once: a mount that has gone must not become a folder here
 
@@ -33,7 +36,8 @@ class RemoteFolder:
         """Return what files there are, but hidden ones; none where there is no such folder."""
         self._system.invalidate_cache()  # another machine may have written there
         root = self._system._strip_protocol(self.url).rstrip("/") + "/"
-        found = retried(self.url, lambda: self._system.find(root))
+        with named(self.url):
+            found = retried(self.url, lambda: self._system.find(root))
         names = (name.removeprefix(root) for name in found if name.startswith(root))
         return sorted(name for name in names if ".." not in name.split("/") and not name.startswith("."))
 
@@ -72,10 +76,11 @@ class RemoteFolder:
             data: bytes = self._system.cat_file(source)
             return data
 
-        try:
-            return retried(source, read) if patient else read()
-        except FileNotFoundError:
-            return None
+        with named(self.url):
+            try:
+                return retried(source, read) if patient else read()
+            except FileNotFoundError:
+                return None
 
     def write(self, name: str, data: bytes, *, patient: bool = True) -> None:
         """Write a small file there. Raises FileNotFoundError, with a remedy, where there is no such place."""
@@ -113,9 +118,13 @@ def beside(folder: Path) -> list[Path]:
 
 @contextmanager
 def named(url: str) -> Iterator[None]:
-    """Have a place that is not there called by its key, with a remedy."""
+    """Have a place that is not there, or not to be reached, called by its key, with a remedy."""
     try:
         yield
+    except RemoteError as error:
+        raise RemoteError(
+            f"checkpoint.remote={url}: {error}: try again when it can be reached, or give null for none"
+        ) from error
     except FileNotFoundError as error:  # stores need no folders, but buckets
         raise FileNotFoundError(
             f"checkpoint.remote={url}: there is no such place ({error}); give a bucket that is there, or null for none"

@@ -37,7 +37,7 @@ WRONG = {
     "init_from": (3, "init_from=3 must be text or null"),
     "name": ("", "name= is empty: the run needs a folder of its own in run_root"),
     "run_root": (None, "run_root=null must be text"),
-    "log_every": (3, "log_every=3 must be keys with values"),
+    "log_every": (3, r"log_every=3 must be keys with values: give log_every\.steps=, log_every\.epochs="),
     "log_every.steps": (1.5, r"log_every\.steps=1\.5 must be a whole number or null"),
     "save_every.epoch": (1, r"save_every\.epoch is not a key of Every: did you mean save_every\.epochs\?"),
     "checkpoint.keep": (True, r"checkpoint\.keep=True must be a whole number"),

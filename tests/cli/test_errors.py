@@ -12,7 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from torch._utils import ExceptionWrapper
 
-from effnet_train.cli.app import run_rank, user_message
+from effnet_train.cli.app import fail, run_rank, user_message
 from effnet_train.data.remote import RemoteError
 
 Cli = Callable[..., Any]
@@ -265,6 +265,14 @@ def test_what_a_data_worker_raised_comes_without_its_traceback() -> None:
     with pytest.raises(RemoteError, match="Original Traceback") as error:
         wrapped.reraise()
     assert user_message(error.value, "train") == "cannot read x after 6 attempts (OSError: y)"
+
+
+def test_a_store_out_of_reach_may_be_there_the_next_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, status in ((RemoteError("no route"), 1), (ValueError("no such key"), 2)):
+        with pytest.raises(SystemExit) as left:
+            fail(str(error), error)
+        assert left.value.code == status
+    assert "error: no route" in capsys.readouterr().err
 
 
 def test_what_this_user_may_not_read_is_named() -> None:

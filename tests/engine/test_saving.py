@@ -500,8 +500,13 @@ def test_a_store_that_fails_is_told_and_counted_and_what_is_here_is_written(
     assert not checkpoints.failed_steps
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "find", down)
-        with pytest.raises(ValueError, match=r"cannot read memory://bucket/run after .* \(ConnectionError: no route\)"):
+        message = (
+            r"checkpoint\.remote=memory://bucket/run: cannot read .*run after .* \(ConnectionError: no route\): try"
+        )
+        with pytest.raises(ValueError, match=message):
             run_on(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.remote=nosuch://x: nosuch://x/.*nosuch:// is not known"):
+        Checkpoints(tmp_path, remote="nosuch://x").fetch(anything)
     with pytest.raises(ValueError, match=r"checkpoint\.remote=/there is no URL: give s3://bucket/folder"):
         Checkpoints(tmp_path, remote="/there").fetch(anything)
 
