@@ -41,7 +41,7 @@ def assert_refused(done: Any, message: str) -> None:
         ("loggers.progress.bar=true", "loggers.progress.bar is not a key of this configuration: one of the groups"),
         pytest.param(
             "model=null",
-            "give group=option, where the groups are augment, data, debug, loggers, model",
+            "give group=option, where the groups are augment, cluster, data, debug, loggers, model",
             marks=pytest.mark.slow,
         ),
         ("data=folder data.root=???", "data.root has no value: give data.root=... on the command line"),
