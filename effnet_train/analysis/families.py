@@ -1,12 +1,11 @@
 """Runs of one base network scaled in depth, width and resolution: which there are, and what each is to its base."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from effnet_train.analysis.runs import Run, Scores, over_seeds, without
+from effnet_train.analysis.runs import Run, Scores, over_seeds, what_it_computes
 
 DIMENSIONS = ("depth", "width", "resolution")
 METHODS = (*DIMENSIONS, "compound")
@@ -55,7 +54,7 @@ class Family:
         run = self.base.scores.first
         network = str(run.config["model"]["_target_"]).rpartition(".")[2]
         size = " x ".join(f"{key} {run.shape[key]:.3g}" for key in ("width", "depth") if run.shape[key] != 1)
-        return f"{network}{f' ({size})' if size else ''} at {run.shape['resolution']} pixels, {run.data}"
+        return f"{network}{f' ({size})' if size else ''} at {run.shape['resolution']} pixels, {run.data.name}"
 
 
 def families(runs: Iterable[Run], multiply_adds: Callable[[Run], int], free: Sequence[str] = ()) -> list[Family]:
@@ -66,8 +65,7 @@ def families(runs: Iterable[Run], multiply_adds: Callable[[Run], int], free: Seq
     """
     groups: dict[str, list[Scores]] = {}
     for scores in over_seeds(runs, free):
-        config = without(scores.first.config, ("seed", "name", "run_root", *free, *_SCALED))
-        groups.setdefault(json.dumps(config, sort_keys=True, default=str), []).append(scores)
+        groups.setdefault(what_it_computes(scores.first, ("seed", *free, *_SCALED)), []).append(scores)
     found = []
     for group in groups.values():
         counts = sorted(((multiply_adds(scores.first), scores) for scores in group), key=lambda pair: pair[0])

@@ -64,7 +64,7 @@ def scores_of(network: Network | None, runs: Sequence[Run], data: str | None, fr
         return None
     shape = network.shape
     groups = over_seeds((run for run in runs if same_shape(run.shape, shape)), free)
-    return max(groups, key=lambda scores: (scores.first.data == data, scores.top1), default=None)
+    return max(groups, key=lambda scores: (scores.first.data.name == data, scores.top1), default=None)
 
 
 def stage_table(table: Mapping[str, Any], stages: Sequence[Any]) -> Sheet:
@@ -110,7 +110,7 @@ def network_table(
     rows = []
     for row, network in zip(table["rows"], networks, strict=True):
         data = table.get("data", row["name"])
-        usable = runs if "data" in table else [run for run in runs if run.data == data]
+        usable = runs if "data" in table else [run for run in runs if run.data.name == data]
         scores = scores_of(network, usable, data, free)
         rows.append(_network_row(row, network, scores, data, changed))
     keys = {key for row in rows for key in row}
@@ -134,7 +134,7 @@ def _network_row(row: Row, network: Network | None, scores: Scores | None, data:
         made |= {f"{key}_paper": row.get(key), f"{key}_here": counted_here}
         if counted_here and row.get(key) and not changed:
             made[f"{key}_difference"] = counted_here / row[key] - 1
-    same_data = scores is not None and scores.first.data == data and not changed
+    same_data = scores is not None and scores.first.data.name == data and not changed
     for key in ("top1", "top5"):
         if key not in row:
             continue

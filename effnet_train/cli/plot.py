@@ -41,7 +41,8 @@ def accuracy(name: str, cfg: DictConfig) -> None:
     points = {row["name"]: figures.Point(_short(row["name"]), row[key], row["top1"]) for row in rows}
     ours = [point for row_name, point in points.items() if row_name.startswith("EfficientNet")]
     trained = []
-    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"] or "ImageNet"), FREE):
+    dataset = config["dataset"] or "ImageNet"
+    for scores in over_seeds((r for r in paper.finished_runs(config["run_root"]) if r.data.name == dataset), FREE):
         value = getattr(paper.count_run(scores.first), cost) / {"parameters": 1e6, "multiply_adds": 1e9}[cost]
         trained.append(figures.Point(scores.first.folder.name, value, scores.top1, scores.spread))
     others = [point for point in points.values() if point not in ours]
@@ -57,10 +58,11 @@ def transfer(name: str, cfg: DictConfig) -> None:
 
     config, outputs = _checked(name, cfg, check.PLOT)
     trained: dict[str, list[Point]] = {}
-    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"]), FREE):
+    runs = paper.finished_runs(config["run_root"])
+    for scores in over_seeds((run for run in runs if config["dataset"] in (None, run.data.name)), FREE):
         millions = paper.count_run(scores.first).parameters / 1e6
         point = figures.Point(scores.first.folder.name, millions, scores.top1, scores.spread)
-        trained.setdefault(scores.first.data, []).append(point)
+        trained.setdefault(scores.first.data.name, []).append(point)
     rows = paper.table(5)["rows"]
     counted = paper.networks(rows)
     # Where the paper prints no size of an EfficientNet, it is known all the same.
@@ -77,13 +79,14 @@ def scaling(name: str, cfg: DictConfig) -> None:
     from effnet_train.cli.run_folder import FREE
 
     config, outputs = _checked(name, cfg, check.PLOT)
-    runs = paper.finished_runs(config["run_root"], config["dataset"])
+    runs = paper.finished_runs(config["run_root"])
+    runs = [run for run in runs if config["dataset"] in (None, run.data.name)]
 
     @cache
     def multiply_adds(shape: tuple[tuple[str, Any], ...], classes: int) -> int:
         return paper.count_shape(dict(shape), classes).multiply_adds
 
-    found = families.families(runs, lambda run: multiply_adds(tuple(run.shape.items()), run.classes), FREE)
+    found = families.families(runs, lambda run: multiply_adds(tuple(run.shape.items()), run.data.classes), FREE)
     wanted = {"figure3": families.DIMENSIONS, "figure4": ("width",), "figure8": families.METHODS}[name]
     found = [family for family in found if any(len(family.by(method)) > 1 for method in wanted)]
     if not found:

@@ -81,7 +81,9 @@ def networks(cfg: DictConfig, number: int) -> int:
             return status
     words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
     changed = paper.change_networks(table["rows"], words)
-    runs = paper.finished_runs(config["run_root"], table_runs.data_asked_for(config["overrides"]))
+    asked = table_runs.data_asked_for(config["overrides"])
+    runs = paper.finished_runs(config["run_root"], table_runs.steps_asked_for(config["overrides"]))
+    runs = [run for run in runs if asked in (None, run.data)]
     notes = [f"The networks here are not the paper's: {' '.join(words)}"] if changed else []
     notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
     counted = paper.networks(table["rows"], words)

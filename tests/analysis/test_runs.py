@@ -1,4 +1,5 @@
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,31 @@ import pytest
 import yaml
 
 from effnet_train.analysis.families import families
-from effnet_train.analysis.runs import find_runs, over_seeds, same_shape, shape_of
+from effnet_train.analysis.runs import DataSet, distinct, find_runs, of_length, over_seeds, same_shape, shape_of
 
 MODEL = {"_target_": "x.EfficientNet", "width": 1.0, "depth": 1.0, "resolution": 224, "dropout": 0.2, "se_ratio": 0.25}
 
 
-def write(folder: Path, *, top1: float = 0.5, seed: int = 0, images: int = 100, epochs: int = 3, **model: Any) -> Path:
+def write(
+    folder: Path,
+    *,
+    top1: float = 0.5,
+    seed: int = 0,
+    images: int = 100,
+    epochs: int = 3,
+    steps: int | None = None,
+    root: str = "data/some",
+    **model: Any,
+) -> Path:
+    """Write a run of batches of 16, of its whole length if `steps` don't say otherwise."""
     folder.mkdir(parents=True)
     chosen = {**MODEL, **model}
-    data = {"root": "data/some", "minival": 0, "preprocess": {"resolution": chosen["resolution"]}}
-    config = {"seed": seed, "name": folder.name, "epochs": epochs, "select_by": "val_ema/top1", "model": chosen}
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "data": data, "workers": seed}))
+    data = {"root": root, "minival": 0, "preprocess": {"resolution": chosen["resolution"]}}
+    config = {"seed": seed, "name": folder.name, "epochs": epochs, "batch_size": 16, "select_by": "val_ema/top1"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": chosen, "data": data, "workers": seed}))
     best = {"val/top1": 0.9, "val_ema/top1": top1, "val_ema/top5": 0.8}
-    (folder / "summary.json").write_text(json.dumps({"best": best}))
+    whole = math.ceil(epochs * images / 16)
+    (folder / "summary.json").write_text(json.dumps({"best": best, "steps": steps or whole}))
     (folder / "model.json").write_text(json.dumps({"classes": ["a", "b"], "images": images}))
     return folder
 
@@ -27,7 +40,7 @@ def write(folder: Path, *, top1: float = 0.5, seed: int = 0, images: int = 100, 
 def test_scores_are_those_that_selected(tmp_path: Path) -> None:
     write(tmp_path / "deep" / "er" / "one", top1=0.7)
     [run] = find_runs(tmp_path)[0]
-    assert (run.top1, run.top5, run.data, run.minival) == (0.7, 0.8, "some", False)
+    assert (run.top1, run.top5, run.data.name) == (0.7, 0.8, "some")
 
 
 def test_held_out_images_give_way_to_the_validation_set(tmp_path: Path) -> None:
@@ -35,10 +48,11 @@ def test_held_out_images_give_way_to_the_validation_set(tmp_path: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"]["minival"] = 25
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    scores = {"best": {"val_ema/top1": 0.9}, "test": {"test/top1": 0.6, "test/top5": 0.7}}
+    scores = {"best": {"val_ema/top1": 0.9}, "test": {"test/top1": 0.6, "test/top5": 0.7}, "steps": 15}
     (folder / "summary.json").write_text(json.dumps(scores))
     [run] = find_runs(tmp_path, [("Hundred", 2, 100)])[0]
-    assert (run.top1, run.data, run.minival) == (0.6, "Hundred", True)
+    assert (run.top1, run.data) == (0.6, DataSet("Hundred", 2, 100, None))
+    assert run.steps == run.whole_steps  # 3 epochs of the 75 images that are trained on
 
 
 def test_what_has_not_ended_is_no_run_and_what_is_damaged_is_told(tmp_path: Path) -> None:
@@ -63,6 +77,39 @@ def test_runs_that_differ_in_seed_and_free_keys_are_one(tmp_path: Path) -> None:
     assert groups[3].spread == pytest.approx(statistics.stdev(values))
     assert (groups[1].spread, groups[1].describe()) == (None, "some, 4 epochs, longer")
     assert len(over_seeds(find_runs(tmp_path)[0])) == 4
+
+
+def test_runs_cut_short_are_whole_to_nobody(tmp_path: Path) -> None:
+    """Whole are 3 epochs of 100 images in batches of 16: 18.75 steps, so 19."""
+    write(tmp_path / "whole", seed=0)
+    write(tmp_path / "short", seed=1, steps=5)
+    found = find_runs(tmp_path)[0]
+    kept, told = of_length(found, None)
+    assert [run.folder.name for run in kept] == ["whole"]
+    assert told == [f"{tmp_path}/short is left out, as it ended after 5 steps, not 19 (max_steps)"]
+    assert [run.folder.name for run in of_length(found, 5)[0]] == ["short"]
+    assert [run.folder.name for run in of_length(found, 100)[0]] == ["whole"]
+    assert len(over_seeds(found, ["workers"])) == 2
+
+
+def test_data_sets_of_one_kind_are_told_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", seed=0, root=f"{tmp_path}/A/shards")
+    write(tmp_path / "b", seed=1, root=f"{tmp_path}/B/shards")
+    write(tmp_path / "c", seed=2, root=f"{tmp_path}/A/../A/shards")
+    write(tmp_path / "d", seed=3, root=f"{tmp_path}/A/shards", images=101)
+    groups = over_seeds(find_runs(tmp_path)[0], ["workers", "data.root"])
+    assert sorted([run.folder.name for run in group.runs] for group in groups) == [["a", "c"], ["b"], ["d"]]
+    # A set of the paper's is the same wherever it lies.
+    known = find_runs(tmp_path, [("Hundred", 2, 100)])[0]
+    assert sorted(len(group.runs) for group in over_seeds(known, ["workers", "data.root"])) == [1, 3]
+
+
+def test_the_same_training_counts_once(tmp_path: Path) -> None:
+    for name, seed, top1 in (("one", 0, 0.5), ("two", 1, 0.6), ("two-again", 1, 0.8)):
+        write(tmp_path / name, seed=seed, top1=top1)
+    kept, told = distinct(find_runs(tmp_path)[0], ["workers"])
+    assert [run.folder.name for run in kept] == ["one", "two"]
+    assert told == [f"{tmp_path}/two-again is left out, as {tmp_path}/two is of the same configuration and seed"]
 
 
 def test_shapes(tmp_path: Path) -> None:
