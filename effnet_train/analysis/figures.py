@@ -172,7 +172,9 @@ def methods_figure(found: Sequence[Family]) -> "Figure":
             points = [_of(member, "") for member in family.by(method)]
             if len(points) > 1:
                 name = "compound scaling" if method == "compound" else f"scale by {method}"
-                _points(axes, points, color=color, marker=marker, line="-", label=name, hollow=False)
+                line = "-" if method != "compound" or family.grows else ""
+                shown = points if line else points[1:]
+                _points(axes, shown, color=color, marker=marker, line=line, label=name, hollow=False)
         base = _of(family.base, "")
         axes.plot(
             base.x, 100 * base.y, marker="o", color="black", markersize=8, linestyle="", label="baseline", zorder=5

@@ -51,6 +51,11 @@ class Run:
     top1: float
     top5: float | None
 
+    @property
+    def transferred(self) -> bool:
+        """Say whether it began with weights of another training."""
+        return self.config.get("init_from") is not None
+
 
 @dataclass(frozen=True)
 class Scores:

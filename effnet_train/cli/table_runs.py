@@ -71,12 +71,17 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
     return _FAILED if failed else 0
 
 
+def choice(overrides: Sequence[str], key: str) -> str | None:
+    """Return what the overrides set a key, or choose of a group; None where they leave it."""
+    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{key}=")), None)
+
+
 def data_asked_for(overrides: Sequence[str]) -> DataSet | None:
     """Return the data set that the overrides choose, which is counted where no numbers are expected of it; None: none.
 
     Raises FileNotFoundError where it is not there to be counted.
     """
-    if _choice(overrides, "data") is None:
+    if choice(overrides, "data") is None:
         return None
     cfg = paper.composed([text for text in overrides if text.startswith(("data=", "data."))]).data
     expected = cfg.get("expected") or {}
@@ -88,13 +93,8 @@ def data_asked_for(overrides: Sequence[str]) -> DataSet | None:
 
 def steps_asked_for(overrides: Sequence[str]) -> int | None:
     """Return the steps after which the overrides end trainings, None where they don't."""
-    value = _choice(overrides, "max_steps")
+    value = choice(overrides, "max_steps")
     return int(value) if value and value.isdecimal() else None
-
-
-def _choice(overrides: Sequence[str], group: str) -> str | None:
-    """Return what the overrides choose of a group; None where they leave it."""
-    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{group}=")), None)
 
 
 def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -106,9 +106,10 @@ def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[str, Any]) -> Training:
     transfer = "other" in row
     own = next((known["data"] for known in paper.table(6)["rows"] if known["name"] == row["name"]), "imagenet")
-    overrides = [text.replace("{model}", row["model"]) for text in config["overrides"]]
-    data = _choice(overrides, "data") or own
-    recipe = _choice(overrides, "recipe") or ("finetune" if transfer else "efficientnet")
+    given = [text.replace("{model}", row["model"]) for text in config["overrides"]]
+    data = choice(given, "data") or own
+    recipe = choice(given, "recipe") or ("finetune" if transfer else _recipe(row["model"]))
+    overrides = [text for text in given if not text.startswith(("data=", "recipe="))]
     name = "-".join(
         [prefix, row["model"], *([row["scaling"]] if "scaling" in row else []), data, recipe, f"seed{seed}"]
     )
@@ -125,6 +126,11 @@ def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[st
     steps = build.build_plan(cfg, images).total_steps
     data_set = paper.known_data_set(cfg.data, classes, images + cfg.data.minival)
     return Training(name, words, cfg, data_set, images, steps, cost.multiply_adds)
+
+
+def _recipe(model: str) -> str:
+    """Return the recipe of a network, which has the beginning of its name."""
+    return next((recipe for recipe in ("mobilenet", "resnet") if model.startswith(recipe)), "efficientnet")
 
 
 def _same(training: Training, run: Run) -> bool:

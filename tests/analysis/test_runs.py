@@ -120,6 +120,58 @@ def test_shapes(tmp_path: Path) -> None:
     assert not same_shape(shape, shape_of({**MODEL, "se_ratio": 0.0}, 224))
 
 
+def cost(run: Any) -> int:
+    return round(run.shape["depth"] * run.shape["width"] ** 2 * run.shape["resolution"] ** 2)
+
+
+def bases_of(root: Path, networks: dict[str, tuple[float, float, int]], base: str | None = None) -> dict[str, str]:
+    """Return what `families` makes of networks (depth, width, resolution): the base of each that has one."""
+    for name, (depth, width, resolution) in networks.items():
+        write(root / name, depth=depth, width=width, resolution=resolution)
+    found, left_out = families(find_runs(root)[0], cost, base=base and root / base)
+    owners = {m.scores.first.folder.name: f.base.scores.first.folder.name for f in found for m in f.members}
+    assert {run.folder.name for run in left_out} == networks.keys() - owners.keys() - {*owners.values()}
+    return owners
+
+
+NANO = {"nano": (0.279, 0.513, 32)}
+PUBLISHED = {"b0": (1.0, 1.0, 224), "b1": (1.1, 1.0, 240), "b2": (1.2, 1.1, 260), "b3": (1.4, 1.2, 300)}
+PAPER_STUDY = {"b0": (1.0, 1.0, 224), "deep": (4.0, 1.0, 224), "wide": (1.0, 2.0, 224), "all": (1.4, 1.2, 291)}
+NANO_STUDY = {**NANO, "nano-deep": (1.0, 0.513, 32), "nano-fine": (0.279, 0.513, 48), "nano-all": (0.33, 0.56, 36)}
+SEARCH = {"base": (0.279, 0.513, 16), "x": (0.33, 0.56, 18), "y": (0.34, 0.56, 18), "z": (0.30, 0.60, 18)}
+
+
+def test_a_smaller_network_beside_them_is_not_the_base_of_all(tmp_path: Path) -> None:
+    assert bases_of(tmp_path / "a", NANO | PUBLISHED) == dict.fromkeys(("b1", "b2", "b3"), "b0")
+    without_b1 = {name: network for name, network in PUBLISHED.items() if name != "b1"}
+    assert bases_of(tmp_path / "b", NANO | without_b1) == dict.fromkeys(("b2", "b3"), "b0")
+    assert bases_of(tmp_path / "c", NANO | PAPER_STUDY) == dict.fromkeys(("deep", "wide", "all"), "b0")
+
+
+def test_two_studies_in_one_folder_have_a_base_each(tmp_path: Path) -> None:
+    assert bases_of(tmp_path, NANO_STUDY | PAPER_STUDY) == {
+        **dict.fromkeys(("nano-deep", "nano-fine", "nano-all"), "nano"),
+        **dict.fromkeys(("deep", "wide", "all"), "b0"),
+    }
+
+
+def test_a_searchs_candidates_are_scaled_from_its_base(tmp_path: Path) -> None:
+    """Two of which may differ in one dimension, and none is the base of the other."""
+    assert bases_of(tmp_path / "a", SEARCH) == dict.fromkeys("xyz", "base")
+    [family], _ = families(find_runs(tmp_path / "a")[0], cost)
+    assert not family.grows
+    chain = {"base": (0.3, 0.5, 16), "one": (0.36, 0.55, 18), "two": (0.43, 0.6, 21)}
+    assert bases_of(tmp_path / "b", chain) == dict.fromkeys(("one", "two"), "base")
+    [family], _ = families(find_runs(tmp_path / "b")[0], cost)
+    assert family.grows
+
+
+def test_a_base_can_be_chosen(tmp_path: Path) -> None:
+    owners = bases_of(tmp_path, NANO | PUBLISHED, base="nano")
+    assert owners == dict.fromkeys(PUBLISHED, "nano")
+    assert bases_of(tmp_path / "else", PUBLISHED, base="b2") == {"b3": "b2"}
+
+
 def test_families(tmp_path: Path) -> None:
     """Multiply-adds here are depth x width² x resolution²."""
     scaled = {
@@ -136,10 +188,8 @@ def test_families(tmp_path: Path) -> None:
             write(tmp_path / f"{name}-{seed}", seed=seed, **model)
     write(tmp_path / "alone", epochs=9)
 
-    def cost(run: Any) -> int:
-        return round(run.shape["depth"] * run.shape["width"] ** 2 * run.shape["resolution"] ** 2)
-
-    [family] = families(find_runs(tmp_path)[0], cost, ["workers"])
+    [family], left_out = families(find_runs(tmp_path)[0], cost, ["workers"])
+    assert [run.folder.name for run in left_out] == ["narrower-0"]
     assert family.base.scores.first.folder.name == "base-0"
     methods = {member.scores.first.folder.name[:-2]: member.method for member in family.members}
     one = {"deep": "depth", "wide": "width", "fine": "resolution"}
