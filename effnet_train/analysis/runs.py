@@ -17,7 +17,6 @@ from effnet_train.engine.train import whole_steps
 IMAGENET = ("ImageNet", 1000, 1281167)
 # What of a model's configuration changes neither its parameters nor its multiply-adds.
 _NO_SHAPE = ("dropout", "drop_connect", "bn_eps", "bn_momentum", "checkpointing", "padding", "num_classes")
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ class Scores:
         run = self.first
         name = run.folder.name if len(self.runs) == 1 else f"{run.folder.name} and {len(self.runs) - 1} more"
         cut = f" cut short at step {run.steps:,}" if run.steps < run.whole_steps else ""
-        return f"{run.data.name}, {run.config['epochs']:g} epochs{cut}, {name}"
+        start = f" from {run.config['init_from']}" if run.transferred else ""
+        return f"{run.data.name}, {run.config['epochs']:g} epochs{cut}{start}, {name}"
 
 
 def shape_of(model: Mapping[str, Any], resolution: int) -> dict[str, Any]:
@@ -129,9 +129,13 @@ def find_runs(root: Path, known: Iterable[tuple[str, int, int]] = ()) -> tuple[l
             continue
         try:
             found.append(_read(summary.parent, known))
-        except _DAMAGED as error:
-            reason = str(error).splitlines()[0] if isinstance(error, ValueError | OSError) else repr(error)
-            wrong.append(f"{summary.parent} is left out, as it cannot be read as a run ({reason})")
+        except OSError as error:
+            wrong.append(f"{summary.parent} is left out, as {error.filename} cannot be read ({error.strerror})")
+        except (ValueError, yaml.YAMLError):  # the parsers', who tell of letters and columns
+            wrong.append(f"{summary.parent} is left out, as its config.yaml or a .json file is damaged")
+        except (TypeError, KeyError, AttributeError) as error:
+            lacks = f"lack {error}, which a run's have" if isinstance(error, KeyError) else "are not what a run's are"
+            wrong.append(f"{summary.parent} is left out, as its files {lacks}")
     return found, wrong
 
 

@@ -132,9 +132,9 @@ def map_checkpoints(run_root: str) -> dict[str, str]:
     rows = table(7)["rows"]
     runs = finished_runs(run_root)
     found = {
-        row["scaling"]: str(scores.first.folder)
+        row["scaling"]: str(scores[0].first.folder)
         for row, network in zip(rows, networks(rows), strict=True)
-        if (scores := scores_of(network, runs, "ImageNet", FREE)) is not None
+        if (scores := scores_of(network, runs, "ImageNet", FREE))
     }
     if not found:
         words = "; ".join(network.source for network in networks(rows) if network)

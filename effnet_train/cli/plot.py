@@ -148,7 +148,7 @@ def maps(name: str, cfg: DictConfig) -> None:
 
 def curves(name: str, cfg: DictConfig) -> None:
     """Draw the curves of runs."""
-    from effnet_train.analysis.plots import training_curve
+    from effnet_train.analysis.plots import read_metrics, run_name, training_curve
     from effnet_train.cli import check
 
     config, outputs = _checked(name, cfg, check.PLOT_CURVES)
@@ -158,10 +158,11 @@ def curves(name: str, cfg: DictConfig) -> None:
         raise ValueError("runs=[] is empty: give the runs' folders")
     if len(labels) != len(runs) or len(set(labels)) != len(labels):
         raise ValueError(f"labels: {len(labels)} for {len(runs)} runs; give each run one of its own, or none at all")
-    drawn = runs[0] if len(runs) == 1 else dict(zip(labels, runs, strict=True))
+    rows = [read_metrics(run) for run in runs]
+    title = config["title"] or (run_name(runs[0]) if len(runs) == 1 else None)
     for output in outputs:
         with writing("output", output):
-            training_curve(drawn, output, title=config["title"])
+            training_curve(dict(zip(labels, rows, strict=True)), output, title=title)
         print(output)
 
 

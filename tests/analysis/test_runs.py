@@ -63,7 +63,10 @@ def test_what_has_not_ended_is_no_run_and_what_is_damaged_is_told(tmp_path: Path
     runs, wrong = find_runs(tmp_path)
     assert [run.folder.name for run in runs] == ["good"]
     assert [str(tmp_path / name) in text for name, text in zip(("cut", "old"), wrong, strict=True)] == [True, True]
-    assert all("is left out, as it cannot be read as a run" in text for text in wrong)
+    assert [text.partition(" is left out, as ")[2] for text in wrong] == [
+        "its config.yaml or a .json file is damaged",
+        "its files lack 'data', which a run's have",
+    ]
 
 
 def test_runs_that_differ_in_seed_and_free_keys_are_one(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_accuracy_figures_hold_table_2(
 ) -> None:
     finished("mine", "model=b0", top1=0.7654)
     finished("of-other-data", *CIFAR, top1=0.99, classes=10, images=50000)
+    finished("tuned", "model=b0", "init_from=runs/mine", top1=0.79)
     done = cli("plot", figure)
     assert (done.status, done.out) == (0, f"figures/{figure}.png\nfigures/{figure}.svg\n"), done.err
     with Image.open(f"figures/{figure}.png") as image:
@@ -74,13 +75,18 @@ def test_accuracy_figures_hold_table_2(
     assert sorted(names) == sorted([*(name.removeprefix("EfficientNet-") for name, *_ in printed), "mine"])
 
 
-def test_figure_6_has_a_panel_for_each_data_set(cli: Cli, drawn: list[Figure]) -> None:
+def test_figure_6_has_a_panel_for_each_data_set(cli: Cli, finished: Finished, drawn: list[Figure]) -> None:
+    made = {"classes": 10, "images": 50000}
+    finished("tuned", "model=b0", "data=cifar10", "recipe=finetune", "init_from=x", top1=0.977, **made)
+    finished("scratch", "model=b0", "data=cifar10", top1=0.95, **made)
     assert cli("plot", "figure6", "output=f.svg").out == "f.svg\n"
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
     assert titles == [row["name"] for row in paper.table(6)["rows"]]
     cifar, cars = drawn[0].axes[0], drawn[0].axes[3]
     np.testing.assert_allclose(points(cifar, "EfficientNet, from the paper"), [[4, 98.1], [64, 98.9]])
     np.testing.assert_allclose(points(cifar, "others, from the paper"), [[85, 98], [556, 99]])
+    np.testing.assert_allclose(points(cifar, "trained here"), [[4.02, 97.7]], rtol=1e-3)
+    assert not [line for line in cars.lines if line.get_label() == "trained here"]
     # Of B7 on Cars the paper prints no size, which is counted; of DAT neither is known.
     np.testing.assert_allclose(points(cars, "EfficientNet, from the paper"), [[10, 93.6], [64.29, 94.7]], rtol=1e-3)
     np.testing.assert_allclose(points(cars, "others, from the paper"), [[41, 93.4]])
@@ -216,7 +222,8 @@ def test_curves(cli: Cli, trained: Path, drawn: list[Figure]) -> None:
         (("figure7",), "images has no value: give images=..."),
         (("curves",), "runs has no value: give runs=..."),
         (("curves", "runs=[]"), "runs=[] is empty"),
-        (("curves", "runs=[nowhere]"), "nowhere: no metrics here; name the folder of a run"),
+        (("curves", "runs=[nowhere]"), "plot: error: nowhere: no metrics here; name the folder of a run"),
+        (("curves", "runs=[.]"), "plot: error: metrics.jsonl: no metrics here; name the folder of a run"),
         (("curves", "runs=[a,b]", "labels=[B0]"), "labels: 1 for 2 runs; give each run one of its own, or none at all"),
     ],
 )

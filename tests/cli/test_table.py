@@ -136,7 +136,7 @@ def test_runs_are_known_by_their_networks(cli: Cli, finished: Finished) -> None:
 
 
 def test_table_5_compares_on_the_rows_own_data_set(finished: Finished, tmp_path: Path) -> None:
-    finished("mine", "model=b0", "data=cifar10", top1=0.979, classes=10, images=50000)
+    finished("mine", "model=b0", "data=cifar10", "init_from=x", top1=0.979, classes=10, images=50000)
     table = paper.table(5)
     asked = [row for row in table["rows"] if row["model"] == "b0"]
     counted = paper.networks(asked)
@@ -147,6 +147,31 @@ def test_table_5_compares_on_the_rows_own_data_set(finished: Finished, tmp_path:
     assert (ten["top1_here"], ten["from_paper"]) == (0.979, [])
     assert ten["top1_difference"] == pytest.approx(-0.002)
     assert (hundred["top1_here"], hundred["from_paper"]) == (0.881, ["top1_here"])
+
+
+def test_finetuned_runs_stand_in_table_5_and_others_elsewhere(cli: Cli, finished: Finished) -> None:
+    finished("scratch", "model=b0", "epochs=90", top1=0.75)
+    finished("longer", "model=b0", top1=0.76)
+    finished("tuned", "model=b0", "init_from=runs/longer", top1=0.80)
+    made = {"classes": 10, "images": 50000}
+    finished("cifar", "model=b0", "data=cifar10", top1=0.97, **made)
+    finished("cifar-tuned", "model=b0", "data=cifar10", "recipe=finetune", "init_from=runs/longer", top1=0.95, **made)
+    row = rows(cli, "table2", "data=imagenet")[0]
+    assert (row["top1_here"], row["run"]) == ("0.76", "ImageNet, 350 epochs, longer, the best of 2 trainings")
+    row = rows(cli, "table5")[0]
+    assert (row["top1_here"], row["run"]) == ("0.95", "CIFAR-10, 100 epochs from runs/longer, cifar-tuned")
+    assert "77.3   80.0  +2.7" in cli("table", "table7", "--", "init_from=runs/longer").out
+
+
+def test_trainings_have_their_networks_recipe(cli: Cli) -> None:
+    out = cli("table", "table3", "run=plan", "rate=100").out
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  table3-")]
+    recipes = {name.split("-")[1]: name.split("-")[4] for name in names}
+    assert recipes == {"mobilenet_v1": "mobilenet", "mobilenet_v2": "mobilenet", "resnet50": "resnet"}
+    assert "recipe=efficientnet" in cli("table", "table3", "run=plan", "recipe=efficientnet", "--", "optim.x=1").err
+    done = cli("table", "table3", "run=plan", "data=cifar10", "recipe=demo", "--", "optim.x=1")
+    [words] = [line for line in done.err.splitlines() if "there is no such training as" in line]
+    assert (words.count("data="), words.count("recipe=")) == (1, 1)
 
 
 def test_a_real_run_on_a_base_of_ones_own(cli: Cli, trained: Path) -> None:
@@ -168,7 +193,7 @@ def test_an_unreadable_run_is_told_and_left_out(cli: Cli, finished: Finished) ->
     (folder / "summary.json").write_text("{")
     done = cli("table", "table7")
     assert done.status == 0
-    assert "warning: runs/broken is left out, as it cannot be read as a run (Expecting property name" in done.err
+    assert "warning: runs/broken is left out, as its config.yaml or a .json file is damaged\n" in done.err
     assert "No finished run was found in runs/." in done.out
 
 
