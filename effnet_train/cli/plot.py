@@ -73,7 +73,7 @@ def transfer(name: str, cfg: DictConfig) -> None:
     sized = [
         {"parameters_m": network.parameters / 1e6, **row} for row, network in zip(rows, counted, strict=True) if network
     ]
-    _save(figures.transfer_figure(sized, trained), outputs)
+    _save(figures.transfer_figure(sized, trained, title="Figure 6: size and accuracy after transfer"), outputs)
 
 
 def scaling(name: str, cfg: DictConfig) -> None:

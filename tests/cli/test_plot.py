@@ -1,5 +1,6 @@
 """`effnet-plot`: what the pictures hold."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,10 @@ def test_figure_6_has_a_panel_for_each_data_set(cli: Cli, finished: Finished, dr
     assert cli("plot", "figure6", "output=f.svg").out == "f.svg\n"
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
     assert titles == [row["name"] for row in paper.table(6)["rows"]]
+    assert drawn[0].get_suptitle() == "Figure 6: size and accuracy after transfer"
+    for axes in drawn[0].axes:
+        boxes = [text.get_window_extent().padded(1.5) for text in axes.texts]
+        assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)], axes.get_title("left")
     cifar, cars = drawn[0].axes[0], drawn[0].axes[3]
     np.testing.assert_allclose(points(cifar, "EfficientNet, from the paper"), [[4, 98.1], [64, 98.9]])
     np.testing.assert_allclose(points(cifar, "others, from the paper"), [[85, 98], [556, 99]])
