@@ -78,7 +78,9 @@ def training_curve(
         color = COLORS[i % len(COLORS)]
         _draw_loss(loss, rows, name, color=color, second=COLORS[1] if len(loaded) == 1 else color)
         _draw_top1(top1, rows, name, color=color)
-        rate.plot(*series(rows, "train/lr"), color="#888888" if len(loaded) == 1 else color, linewidth=1.2)
+        epochs, values = series(rows, "train/lr")
+        grey = "#888888" if len(loaded) == 1 else color
+        rate.plot(epochs, values, color=grey, linewidth=1.2, marker=_marker(values))
     if len(loaded) > 1:  # Colours tell runs apart, and these say what the lines' styles do.
         loss.plot([], color="#555555", linestyle="--", label="validation")
         top1.plot([], color="#555555", linestyle="-", label="EMA weights")
@@ -96,7 +98,7 @@ def _draw_loss(axes: "Axes", rows: Rows, name: str, *, color: str, second: str) 
     if len(values) >= SMOOTH_FROM:
         axes.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
         values = _smooth(values, len(values) // 50)
-    axes.plot(epochs, values, color=color, label=name or "training")
+    axes.plot(epochs, values, color=color, label=name or "training", marker=_marker(values))
     for key, label in (("val_ema/loss", "validation, EMA weights"), ("val/loss", "validation")):
         epochs, values = series(rows, key)
         if len(values):
