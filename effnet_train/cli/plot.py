@@ -100,7 +100,7 @@ def scaling(name: str, cfg: DictConfig) -> None:
 
     found, left_out = families.families(runs, cost, FREE, base)
     for run in left_out:
-        print(f"note: {run.folder} is in no family: scaled from no base, and none for others", file=sys.stderr)
+        print(f"note: {run.folder} is not drawn: its network is scaled from no base of such runs", file=sys.stderr)
     wanted = {"figure3": families.DIMENSIONS, "figure4": ("width",), "figure8": families.METHODS}[name]
     found = [family for family in found if any(len(family.by(method)) > 1 for method in wanted)]
     if not found:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def study(finished: Finished) -> dict[str, list[float]]:
     return scores
 
 
-def test_figures_of_families(cli: Cli, study: dict[str, list[float]], drawn: list[Figure]) -> None:
+def test_figures_of_families(cli: Cli, finished: Finished, study: dict[str, list[float]], drawn: list[Figure]) -> None:
     done = cli("plot", "figure8")
     assert done.status == 0, done.err
     [axes] = drawn[0].axes
@@ -125,6 +126,11 @@ def test_figures_of_families(cli: Cli, study: dict[str, list[float]], drawn: lis
     assert half == pytest.approx(100 * np.std(study["all"], ddof=1))
     assert drawn[0].get_supxlabel() == "Mean and standard deviation over 3 seeds"
 
+    finished("smaller", *CIFAR, "model.width=0.125", "model.resolution=64", top1=0.5, classes=10, images=50000)
+    done = cli("plot", "figure8", "base=runs/deep-1", "output=deep.svg")
+    assert drawn[-1].axes[0].get_title(loc="left") == "EfficientNet (width 0.25 x depth 2) at 32 pixels, CIFAR-10"
+    assert "note: runs/smaller is not drawn: its network is scaled from no base of such runs" in done.err
+    shutil.rmtree("runs/smaller")
     found, _ = families(find_runs(Path("runs"), [("CIFAR-10", 10, 50000)])[0], lambda run: run.shape["width"] * 1e8)
     panels = FAMILY_FIGURES["figure3"](found).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["width", "depth", "resolution"]
