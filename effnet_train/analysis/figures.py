@@ -79,7 +79,9 @@ def accuracy_figure(
     return figure
 
 
-def transfer_figure(rows: Sequence[Mapping[str, Any]], trained: Mapping[str, Sequence[Point]]) -> "Figure":
+def transfer_figure(
+    rows: Sequence[Mapping[str, Any]], trained: Mapping[str, Sequence[Point]], *, title: str
+) -> "Figure":
     """Draw Figure 6 from the rows of Table 5: accuracy against parameters, a panel a data set.
 
     `trained` holds the runs of one's own by data set. Networks without a size, `parameters_m`, are not drawn.
@@ -106,6 +108,7 @@ def transfer_figure(rows: Sequence[Mapping[str, Any]], trained: Mapping[str, Seq
         axes.set_ylim(min(low, high - 1.5) - 0.2, max(high, low + 1.5) + 0.2)  # no tenth of a point as large as a panel
         axes.xaxis.set_major_locator(FixedLocator([10, 100, 1000]))
         place_labels(figure, axes, [*ours, *others, *runs], ours, color=ORANGE)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel("Parameters, millions", fontsize=12)
     figure.supylabel("Top-1", fontsize=12)
     found = dict(zip(*reversed([list(part) for part in _handles(figure)]), strict=True))
@@ -134,7 +137,7 @@ def single_dimensions_figure(found: Sequence[Family]) -> "Figure":
             color, marker = _STYLES[method]
             points = [_of(member, _factor_name(member, method)) for member in family.by(method)]
             _points(axes, points, color=color, marker=marker, line="-", hollow=False)
-            _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
+            _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
             axes.set_title(method, fontsize=11, loc="left")
             axes.margins(x=0.15, y=0.15)
             drawn.append((axes, points, color))
@@ -172,7 +175,9 @@ def methods_figure(found: Sequence[Family]) -> "Figure":
             points = [_of(member, "") for member in family.by(method)]
             if len(points) > 1:
                 name = "compound scaling" if method == "compound" else f"scale by {method}"
-                _points(axes, points, color=color, marker=marker, line="-", label=name, hollow=False)
+                line = "-" if method != "compound" or family.grows else ""
+                shown = points if line else points[1:]
+                _points(axes, shown, color=color, marker=marker, line=line, label=name, hollow=False)
         base = _of(family.base, "")
         axes.plot(
             base.x, 100 * base.y, marker="o", color="black", markersize=8, linestyle="", label="baseline", zorder=5
@@ -188,7 +193,7 @@ def _panels(found: Sequence[Family]) -> tuple["Figure", Sequence["Axes"]]:
 
 
 def _finish_family(axes: "Axes", family: Family) -> None:
-    _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
+    _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
     axes.set_title(family.name, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=10, loc="best")
     axes.margins(x=0.08, y=0.12)
@@ -296,7 +301,7 @@ def place_labels(
 
 
 def _place_label(axes: "Axes", point: Point, taken: Sequence[Any], color: str) -> Any:
-    """Write a point's name at the best of several places, and return the box that it fills."""
+    """Write a point's name at the best of several places, and return the box that others are to leave free."""
     frame = axes.get_window_extent()
     tried: list[tuple[float, int, Any, Any]] = []
     for across, up in _PLACES:
@@ -318,13 +323,14 @@ def _place_label(axes: "Axes", point: Point, taken: Sequence[Any], color: str) -
     for _, number, text, _ in tried:
         if number != best:
             text.remove()
-    return box
+    return box.padded(_ROOM)
 
 
 def _pixels(axes: "Axes", point: Point) -> Any:
     return axes.transData.transform((point.x, 100 * point.y))
 
 
+_ROOM = 5  # pixels between names, so that two are not read as one
 _PLACES = (
     *((7, 0), (-7, 0), (0, 7), (0, -7), (6, 6), (-6, 6), (6, -6), (-6, -6)),
     *((9, 12), (-9, 12), (9, -12), (-9, -12), (9, 20), (9, -20), (-9, 20), (-9, -20)),

@@ -31,6 +31,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
+def run_name(path: Path) -> str:
+    """Return what a run is called, whose folder or `metrics.jsonl` it is: the name of the folder."""
+    return (path if path.is_dir() else path.absolute().parent).resolve().name
+
+
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the epochs and the values of a key, without rows that lack it or hold null."""
     points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
@@ -56,7 +61,7 @@ def training_curve(
     except ImportError as error:
         raise ImportError("plots need the extra plots (matplotlib): pip install 'effnet-train[plots]'") from error
     if title is None and isinstance(runs, Path):
-        title = (runs if runs.is_dir() else runs.absolute().parent).resolve().name
+        title = run_name(runs)
     named = runs if isinstance(runs, Mapping) else {"": runs}
     loaded = {name: read_metrics(run) if isinstance(run, Path) else run for name, run in named.items()}
     for name, rows in loaded.items():
@@ -73,7 +78,9 @@ def training_curve(
         color = COLORS[i % len(COLORS)]
         _draw_loss(loss, rows, name, color=color, second=COLORS[1] if len(loaded) == 1 else color)
         _draw_top1(top1, rows, name, color=color)
-        rate.plot(*series(rows, "train/lr"), color="#888888" if len(loaded) == 1 else color, linewidth=1.2)
+        epochs, values = series(rows, "train/lr")
+        grey = "#888888" if len(loaded) == 1 else color
+        rate.plot(epochs, values, color=grey, linewidth=1.2, marker=_marker(values))
     if len(loaded) > 1:  # Colours tell runs apart, and these say what the lines' styles do.
         loss.plot([], color="#555555", linestyle="--", label="validation")
         top1.plot([], color="#555555", linestyle="-", label="EMA weights")
@@ -91,7 +98,7 @@ def _draw_loss(axes: "Axes", rows: Rows, name: str, *, color: str, second: str) 
     if len(values) >= SMOOTH_FROM:
         axes.plot(epochs, values, color=color, alpha=0.2, linewidth=0.8)
         values = _smooth(values, len(values) // 50)
-    axes.plot(epochs, values, color=color, label=name or "training")
+    axes.plot(epochs, values, color=color, label=name or "training", marker=_marker(values))
     for key, label in (("val_ema/loss", "validation, EMA weights"), ("val/loss", "validation")):
         epochs, values = series(rows, key)
         if len(values):

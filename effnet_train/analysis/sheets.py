@@ -135,7 +135,9 @@ def _bare(value: Any) -> Any:
 
 def _latex(sheet: Sheet, columns: Sequence[Column]) -> str:
     def row(cells: Sequence[str]) -> str:
-        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+        signs = ("$-$" if cell.startswith("-") else "" for cell in cells)  # a hyphen is shorter
+        texts = (cell.removeprefix("-").translate(_LATEX) for cell in cells)
+        return " & ".join(sign + text for sign, text in zip(signs, texts, strict=True)) + r" \\"
 
     kinds = "".join("r" if column.form or column.percent else "l" for column in columns)
     groups = " & ".join(

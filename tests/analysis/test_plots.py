@@ -44,6 +44,17 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+def test_what_was_logged_once_is_seen(tmp_path, drawn):
+    """A run of two steps has one loss and one learning rate: a line of one point is none."""
+    training_curve([row for row in rows(epochs=1) if row["epoch"] == 1], tmp_path / "curve.png")
+    loss, top1, rate = drawn[0].axes
+    lines = [line for axes in (loss, top1, rate) for line in axes.lines]
+    assert len(lines) == 6
+    assert all(line.get_xdata().tolist() == [1] and line.get_marker() in (".", "o") for line in lines)
+    training_curve(rows(), tmp_path / "longer.png")
+    assert [axes.lines[0].get_marker() for axes in drawn[1].axes] == ["", ".", ""]
+
+
 def test_one_run(tmp_path, drawn):
     output = tmp_path / "docs" / "curve.png"
     training_curve(write(tmp_path / "b0_digits", rows()), output)

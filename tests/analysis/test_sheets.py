@@ -18,13 +18,14 @@ SHEET = Sheet(
     [
         {"name": "A_1 & B", "paper": 0.771, "mine": 0.765, "mine_spread": 0.0021, "size_m": 5.3},
         {"name": "C|D", "paper": 0.5, "mine": 0.5, "from_paper": ["mine"], "size_m": None},
+        {"name": "E~F", "size_m": -5.2},
     ],
     ["A note"],
 )
 
 
 def test_terminal_columns_stand_below_their_heads() -> None:
-    title, _, groups, heads, first, second, _, note = SHEET.render("terminal").split("\n")
+    title, _, groups, heads, first, second, _, _, note = SHEET.render("terminal").split("\n")
     assert (title, note) == ("A title", "A note")
     assert groups.strip() == "top-1, %"
     assert heads.split() == ["network", "paper", "here", "parameters,", "M"]
@@ -45,6 +46,7 @@ def test_csv_holds_bare_values_and_names_the_papers() -> None:
             "from_paper": "",
         },
         {"name": "C|D", "paper": "0.5", "mine": "0.5", "mine_spread": "", "size_m": "", "from_paper": "mine"},
+        {"name": "E~F", "paper": "", "mine": "", "mine_spread": "", "size_m": "-5.2", "from_paper": ""},
     ]
 
 
@@ -61,6 +63,7 @@ def test_latex_escapes_and_counts_its_columns() -> None:
     assert r"\begin{tabular}{lrrr}" in text
     assert r"A\_1 \& B & 77.1 & 76.5 $\pm$ 0.21 & 5.3 \\" in text
     assert r"C|D & 50.0 & 50.0\textsuperscript{\textdagger} &  \\" in text
+    assert r"E\textasciitilde{}F &  &  & $-$5.2 \\" in text
     assert r"\multicolumn{1}{c}{} & \multicolumn{2}{c}{top-1, \%} & \multicolumn{1}{c}{} \\" in text
 
 
