@@ -78,6 +78,19 @@ def test_latency_is_measured(cli: Any) -> None:
     assert "ms measured here" in outcome.out
 
 
+@pytest.mark.parametrize(("again", "told"), [(1.0, ""), (1.05, "; 5.0% above the 60 asked for")])
+def test_a_latency_that_is_not_kept_is_told(cli: Any, monkeypatch: pytest.MonkeyPatch, again: float, told: str) -> None:
+    def latency(model: dict[str, Any], _classes: int) -> float:
+        here = 60.0 * model["width"] / 0.513
+        return here * again if model["width"] in seen else seen.add(model["width"]) or here
+
+    seen = set[float]()
+    monkeypatch.setattr("effnet_train.cli.scale._latency_ms", latency)
+    outcome = cli("scale", "apply", "model=nano", "latency_ms=60", "alpha=1", "beta=2", "gamma=1")
+    assert f"latency        {60 * again:g} ms measured here{told}\n" in outcome.out
+    assert ("warning: latency_ms=60 is not kept" in outcome.err) == bool(told)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,6 +105,15 @@ def test_latency_is_measured(cli: Any) -> None:
         (
             ("params=1e7", "model=nano", "alpha=1", "beta=1", "gamma=1"),
             "params=1e+07: even phi=16 costs less than 1e+07",
+        ),
+        (("phi=60",), "phi=60 must be from -16 to 16"),
+        (("phi=1000",), "phi=1000 must be from -16 to 16"),
+        (("phi=1", "alpha=1e300", "beta=1e300"), "phi=1 with alpha=1e+300 takes depth from 1 to more than 32: lower"),
+        (("phi=12", "alpha=1", "beta=1.4", "gamma=1"), "phi=12 with beta=1.4 takes width from 1 to more than 32"),
+        (("phi=11", "alpha=1", "beta=1", "gamma=1.4"), "with gamma=1.4 takes resolution from 224 to more than 8192"),
+        (
+            ("flops=2e9", "model=nano", "alpha=2", "beta=1", "gamma=1"),
+            "flops=2e+09: even the largest network of this law, of phi=6.84, costs",
         ),
     ],
 )
