@@ -67,6 +67,7 @@ def search(cfg: DictConfig) -> None:
         raise ValueError("effnet-scale search takes no -m: jobs= trains several candidates at a time, or cluster= does")
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.SCALE_SEARCH)
+    _check_resolution(cfg)
     base, kept, dropped = _candidates(config)
     seeds = config["seeds"] or [config["seed"]]
     budget = 2 ** config["phi"] * base.cost.multiply_adds
@@ -94,6 +95,18 @@ def search(cfg: DictConfig) -> None:
         raise SystemExit(PREEMPTED_EXIT_CODE)
     if failed:
         raise SystemExit(_FAILED_EXIT_CODE)
+
+
+def _check_resolution(cfg: DictConfig) -> None:
+    """Raise ValueError where images do not come in the size of each candidate, which is what is counted."""
+    other = cfg.copy()
+    other.model.resolution = cfg.model.resolution + 1
+    if other.data.preprocess.resolution != other.model.resolution:
+        size = cfg.data.preprocess.resolution
+        raise ValueError(
+            f"data.preprocess.resolution={size} would be the size of every candidate's images, whatever gamma: leave it "
+            f"away, and give the base's resolution as model.resolution={size}"
+        )
 
 
 def _candidates(config: Mapping[str, Any]) -> tuple[Candidate, list[Candidate], list[tuple[Candidate, str]]]:

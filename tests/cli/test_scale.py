@@ -190,6 +190,7 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
         (("tolerance=0.01", "step=0.3"), "no alpha * beta^2 * gamma^2 is within tolerance=0.01 of 2"),
         (("flops_tolerance=0.001",), "no candidate is within flops_tolerance=0.001 of the budget"),
         (("jobs=0",), "jobs=0 must be at least 1"),
+        (("data.preprocess.resolution=32",), "give the base's resolution as model.resolution=32"),
     ],
 )
 def test_what_search_refuses(cli: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:
