@@ -235,13 +235,13 @@ def _rows(
     failed: Mapping[str, str],
     base: int,
 ) -> list[dict[str, Any]]:
-    """Return what came of each candidate, the best mean first, the base and those without a result last."""
+    """Return what came of each candidate, in the order of `ranked`."""
     rows: list[dict[str, Any]] = []
     for one in kept:
         own = [trials[one.name, seed] for seed in seeds]
         found = [result["top1"] for trial in own if (result := trial.result()) is not None]
         values = one.coefficients
-        row: dict[str, Any] = {"rank": None, "name": one.name}
+        row: dict[str, Any] = {"name": one.name}
         row |= {key: getattr(values, key) if values else None for key in ("alpha", "beta", "gamma", "product")}
         row |= {
             **one.dimensions,
@@ -254,13 +254,21 @@ def _rows(
             "failed": [failed[trial.name] for trial in own if trial.name in failed],
         }
         rows.append(row)
-    rows.sort(key=lambda row: (row["alpha"] is None, row["top1"] is None, -(row["top1"] or 0)))
-    rank = 0
-    for row in rows:
-        if row["alpha"] is not None and row["top1"] is not None:
-            rank += 1
-            row["rank"] = rank
-    return rows
+    return ranked(rows)
+
+
+def ranked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows in order, the base and those without a result last; equals share a rank, the cheapest first."""
+    scores = [row["top1"] for row in rows if row["alpha"] is not None and row["top1"] is not None]
+
+    def rank(row: Mapping[str, Any]) -> int | None:
+        absent = row["alpha"] is None or row["top1"] is None
+        return None if absent else 1 + sum(score > row["top1"] for score in scores)
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["alpha"] is None, row["top1"] is None, -(row["top1"] or 0), row["multiply_adds"]
+
+    return [{**row, "rank": rank(row)} for row in sorted(rows, key=place)]
 
 
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from effnet_train.cli.app import CONFIG_DIR
-from effnet_train.cli.scale_search import cost_of
+from effnet_train.cli.scale_search import cost_of, ranked
 from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, scaled
 
 FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
@@ -180,6 +180,13 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
     assert "batch_size was 16, now 8" in other.err
+
+
+def test_equals_share_a_rank() -> None:
+    found = [(1.1, 0.5, 30), (1.2, 0.75, 20), (1.3, None, 10), (1.4, 0.75, 10), (None, 0.9, 1), (1.6, 0.25, 10)]
+    rows = [{"alpha": alpha, "top1": top1, "multiply_adds": cost} for alpha, top1, cost in found]
+    ranks = [(row["alpha"], row["rank"]) for row in ranked(rows)]
+    assert ranks == [(1.4, 1), (1.2, 1), (1.1, 3), (1.6, 4), (1.3, None), (None, None)]
 
 
 @pytest.mark.parametrize(
