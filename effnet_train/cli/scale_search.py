@@ -68,7 +68,10 @@ def search(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.SCALE_SEARCH)
     _check_resolution(cfg)
-    base, kept, dropped = _candidates(config)
+    classes = (config["data"].get("expected") or {}).get("classes") or len(
+        build_data(config["data"], Session()).classes
+    )
+    base, kept, dropped = _candidates(config, classes)
     seeds = config["seeds"] or [config["seed"]]
     budget = 2 ** config["phi"] * base.cost.multiply_adds
     print("\n".join(_plan(config, base, kept, dropped, len(seeds), budget)), flush=True)
@@ -89,7 +92,7 @@ def search(cfg: DictConfig) -> None:
         failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), stop=stop)
     rows = _rows(kept, seeds, trials, failed, base.cost.multiply_adds)
     _write(folder, rows, config)
-    print("\n".join(_table(rows, folder, config)))
+    print("\n".join(_table(rows, folder, config, classes)))
     if stop.is_set():
         print(f"effnet-scale: stopped, all saved in {folder}: the same command goes on", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE)
@@ -104,21 +107,20 @@ def _check_resolution(cfg: DictConfig) -> None:
     if other.data.preprocess.resolution != other.model.resolution:
         size = cfg.data.preprocess.resolution
         raise ValueError(
-            f"data.preprocess.resolution={size} would be the size of every candidate's images, whatever gamma: leave it "
-            f"away, and give the base's resolution as model.resolution={size}"
+            f"data.preprocess.resolution={size} would be the size of every candidate's images, whatever gamma: "
+            f"leave it away, and give the base's resolution as model.resolution={size}"
         )
 
 
-def _candidates(config: Mapping[str, Any]) -> tuple[Candidate, list[Candidate], list[tuple[Candidate, str]]]:
+def _candidates(
+    config: Mapping[str, Any], classes: int
+) -> tuple[Candidate, list[Candidate], list[tuple[Candidate, str]]]:
     """Return the base, the candidates on the budget, and those that are not to be trained, with the reason."""
     model, phi = config["model"], config["phi"]
     if phi <= 0:
         raise ValueError(f"phi={phi:g} must be above 0: the budget is 2 ** phi times the base's multiply-adds")
     if config["flops_tolerance"] <= 0:
         raise ValueError(f"flops_tolerance={config['flops_tolerance']:g} must be above 0")
-    classes = (config["data"].get("expected") or {}).get("classes") or len(
-        build_data(config["data"], Session()).classes
-    )
     costs: dict[str, Complexity] = {}
 
     def candidate(coefficients: Coefficients | None) -> Candidate:
@@ -281,7 +283,7 @@ def _write(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str,
     write_bytes(folder / "search.csv", text.getvalue().encode())
 
 
-def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str, Any]) -> list[str]:
+def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str, Any], classes: int) -> list[str]:
     lines = [
         "",
         f"{'rank':>4}  {'alpha':>5} {'beta':>5} {'gamma':>5}  {'x base':>6}  {'top-1':>8}  {'spread':>6}  seeds",
@@ -300,8 +302,13 @@ def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str,
     best = next((row for row in rows if row["rank"] == 1), None)
     if best:
         hydra_cfg = HydraConfig.get()
-        own = [text for text in hydra_cfg.overrides.task if text.startswith("model.")]
-        values = [f"{key}={best[key]:g}" for key in ("alpha", "beta", "gamma")]
-        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own, *values]
+        given = [text.lstrip("+") for text in hydra_cfg.overrides.task]
+        # The base's dimensions in full: recipe= and debug= may have set them, too.
+        sizes = {f"model.{key}": config["model"][key] for key in DIMENSIONS}
+        own = [text for text in given if text.startswith("model.") and text.partition("=")[0] not in sizes]
+        values = {**sizes, **{key: best[key] for key in ("alpha", "beta", "gamma")}}
+        values |= {"multiple": config["multiple"], "num_classes": classes}
+        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own]
+        words += [f"{key}={value}" for key, value in values.items()]
         lines.append(f"the best, scaled further: effnet-scale apply {shlex.join(words)} phi=2")
     return lines

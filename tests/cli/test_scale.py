@@ -12,7 +12,7 @@ from effnet_train.cli.app import CONFIG_DIR
 from effnet_train.cli.scale_search import cost_of, ranked
 from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, scaled
 
-FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
+FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false", "multiple=8")
 CANDIDATES = ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1")
 
 
@@ -175,7 +175,19 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert (run / "summary.json").stat().st_mtime_ns == before
 
     further = again.out.partition("the best, scaled further: effnet-scale ")[2]
+    assert "multiple=8 num_classes=10" in further
     assert cli("scale", *shlex.split(further)).status == 0
+    # At the search's own phi it is the network that was trained.
+    same = cli("scale", *shlex.split(further.replace("phi=2", "phi=1")), "output=my nets/model/best.yaml")
+    best = json.loads((folder / "search.json").read_text(encoding="utf-8"))["rows"][0]
+    assert f"parameters     {best['parameters']:,}\n" in same.out
+    kept = [word for word in words if not word.startswith("model")]
+    planned = cli("train", *kept, "model=best", "name=other", "dry_run=true")
+    assert f"{best['parameters']:,} parameters" in planned.out, planned.err
+    written = yaml.safe_load(Path("my nets/model/best.yaml").read_text(encoding="utf-8"))
+    assert [written[key] for key in ("depth", "width", "resolution")] == [
+        best[key] for key in ("depth", "width", "resolution")
+    ]
 
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
