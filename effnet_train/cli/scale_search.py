@@ -73,6 +73,8 @@ def search(cfg: DictConfig) -> None:
     )
     base, kept, dropped = _candidates(config, classes)
     seeds = config["seeds"] or [config["seed"]]
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds={seeds} must be different numbers from 0 to below 2 ** 63")
     budget = 2 ** config["phi"] * base.cost.multiply_adds
     print("\n".join(_plan(config, base, kept, dropped, len(seeds), budget)), flush=True)
     if not kept:

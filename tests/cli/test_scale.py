@@ -183,7 +183,7 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert f"parameters     {best['parameters']:,}\n" in same.out
     kept = [word for word in words if not word.startswith("model")]
     planned = cli("train", *kept, "model=best", "name=other", "dry_run=true")
-    assert f"{best['parameters']:,} parameters" in planned.out, planned.err
+    assert f"parameters     {best['parameters']:,}\n" in planned.out, planned.err
     written = yaml.safe_load(Path("my nets/model/best.yaml").read_text(encoding="utf-8"))
     assert [written[key] for key in ("depth", "width", "resolution")] == [
         best[key] for key in ("depth", "width", "resolution")
@@ -209,6 +209,12 @@ def test_equals_share_a_rank() -> None:
         (("tolerance=0.01", "step=0.3"), "no alpha * beta^2 * gamma^2 is within tolerance=0.01 of 2"),
         (("flops_tolerance=0.001",), "no candidate is within flops_tolerance=0.001 of the budget"),
         (("jobs=0",), "jobs=0 must be at least 1"),
+        (("seeds=[a]",), "seeds=['a'] must be a list of whole numbers or null"),
+        (("seeds=[0,1.5]",), "seeds=[0, 1.5] must be a list of whole numbers or null"),
+        (("seeds=3",), "seeds=3 must be a list of whole numbers or null"),
+        (("seeds=[-1]",), "seeds=[-1] must be different numbers from 0 to below 2 ** 63"),
+        (("seeds=[0,0]",), "seeds=[0, 0] must be different numbers from 0 to below 2 ** 63"),
+        (("alpha=[a]",), "alpha=['a'] must be a list of finite numbers or null"),
         (("data.preprocess.resolution=32",), "give the base's resolution as model.resolution=32"),
     ],
 )
