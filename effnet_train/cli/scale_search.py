@@ -4,15 +4,11 @@ import csv
 import io
 import json
 import shlex
-import signal
 import statistics
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
 from effnet_train.cli.build import build_data, build_model
-from effnet_train.distributed import STOP_SIGNALS, Session
+from effnet_train.cli.launch import training_command
+from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 from effnet_train.search.coefficients import DIMENSIONS, Coefficients, grid, scaled
-from effnet_train.search.trials import Trial, run_trials
+from effnet_train.search.trials import Trial, run_trials, stop_signals
 
 _FAILED_EXIT_CODE = 1
 # Keys that choose candidates and settle no training: another start may add to them.
@@ -90,12 +87,12 @@ def search(cfg: DictConfig) -> None:
     trials = {(one.name, seed): _trial(one, seed, folder, config) for one in kept for seed in seeds}
     remote = hydra_cfg.runtime.choices.get("cluster", "local") != "local"
     jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if remote else 1)
-    with _stoppable() as stop:
-        failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), stop=stop)
+    with stop_signals() as asked:
+        failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), asked=asked)
     rows = _rows(kept, seeds, trials, failed, base.cost.multiply_adds)
     _write(folder, rows, config)
     print("\n".join(_table(rows, folder, config, classes)))
-    if stop.is_set():
+    if asked:
         print(f"effnet-scale: stopped, all saved in {folder}: the same command goes on", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE)
     if failed:
@@ -202,7 +199,7 @@ def _trial(one: Candidate, seed: int, folder: Path, config: Mapping[str, Any]) -
     if choices.get("cluster", "local") != "local":
         own = ["-m", *own, *(text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.launcher."))]
     own += _config_dir()
-    return Trial(f"{one.name}, seed {seed}", place, (sys.executable, "-m", "effnet_train.cli.train_beside", *own))
+    return Trial(f"{one.name}, seed {seed}", place, training_command(own))
 
 
 def _config_dir() -> list[str]:
@@ -216,22 +213,6 @@ def _quoted(path: str) -> str:
     return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Give an event that the signals set by which a run is stopped."""
-    stop = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    former = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def _rows(
     kept: Sequence[Candidate],
     seeds: Sequence[int],
@@ -243,7 +224,7 @@ def _rows(
     rows: list[dict[str, Any]] = []
     for one in kept:
         own = [trials[one.name, seed] for seed in seeds]
-        found = [result["top1"] for trial in own if (result := trial.result()) is not None]
+        found = [run.top1 for trial in own if (run := trial.result()) is not None]
         values = one.coefficients
         row: dict[str, Any] = {"name": one.name}
         row |= {key: getattr(values, key) if values else None for key in ("alpha", "beta", "gamma", "product")}
