@@ -1,12 +1,12 @@
 """Runs of one base network scaled in depth, width and resolution: which there are, and what each is to its base."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 
-from effnet_train.analysis.runs import Run, Scores, over_seeds, without
+from effnet_train.analysis.runs import Run, Scores, over_seeds, what_it_computes
 
 DIMENSIONS = ("depth", "width", "resolution")
 METHODS = (*DIMENSIONS, "compound")
@@ -15,6 +15,8 @@ _SCALED = (
     *(f"model.{key}" for key in (*DIMENSIONS, "dropout", "drop_connect", "checkpointing")),
     "data.preprocess.resolution",
 )
+# What somebody scaled is dearer by so much; of candidates on one budget two may differ in one dimension, but by less.
+_CLEARLY = 1.3
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,96 @@ class Family:
         return [self.base, *(member for member in self.members if member.method == method)]
 
     @property
+    def grows(self) -> bool:
+        """Say whether each compound network is larger than the one before in all, so that a line through them is meant.
+
+        A search's candidates are not: they share a budget.
+        """
+        pairs = pairwise(self.by("compound"))
+        return all(other.factors[key] > one.factors[key] for one, other in pairs for key in DIMENSIONS)
+
+    @property
     def name(self) -> str:
         """Word what it is: base network, its resolution, data set."""
         run = self.base.scores.first
         network = str(run.config["model"]["_target_"]).rpartition(".")[2]
         size = " x ".join(f"{key} {run.shape[key]:.3g}" for key in ("width", "depth") if run.shape[key] != 1)
-        return f"{network}{f' ({size})' if size else ''} at {run.shape['resolution']} pixels, {run.data}"
+        return f"{network}{f' ({size})' if size else ''} at {run.shape['resolution']} pixels, {run.data.name}"
 
 
-def families(runs: Iterable[Run], multiply_adds: Callable[[Run], int], free: Sequence[str] = ()) -> list[Family]:
-    """Return the families of more than one network among the runs, the largest first.
+def families(
+    runs: Iterable[Run], multiply_adds: Callable[[Run], int], free: Sequence[str] = (), base: Path | None = None
+) -> tuple[list[Family], list[Run]]:
+    """Return the families of more than one network among the runs, the largest first, and who is in none.
 
-    The base is the member of the fewest multiply-adds; a member that is smaller than it in a dimension is left out.
-    `multiply_adds` counts a run's network, `free` are keys of the configuration that change no result.
+    These are a run each of the networks that are trained as a family's are, but scaled from no base.
+    `multiply_adds` counts a run's network, `free` are keys of the configuration that change no result. `base` is the
+    folder of a run whose network is the base of the only family; without it, see `_owners`.
     """
-    groups: dict[str, list[Scores]] = {}
+    groups: dict[str, list[Member]] = {}
     for scores in over_seeds(runs, free):
-        config = without(scores.first.config, ("seed", "name", "run_root", *free, *_SCALED))
-        groups.setdefault(json.dumps(config, sort_keys=True, default=str), []).append(scores)
-    found = []
+        key = what_it_computes(scores.first, ("seed", *free, *_SCALED))
+        groups.setdefault(key, []).append(Member(scores, multiply_adds(scores.first), {}))
+    found, left_out = [], []
     for group in groups.values():
-        counts = sorted(((multiply_adds(scores.first), scores) for scores in group), key=lambda pair: pair[0])
-        base = counts[0][1].first.shape
-        members = [Member(scores, count, _factors(scores.first.shape, base)) for count, scores in counts]
-        larger = [member for member in members[1:] if all(member.factors[key] > 1 - 1e-6 for key in DIMENSIONS)]
-        if larger:
-            found.append(Family(members[0], tuple(larger)))
-    return sorted(found, key=lambda family: -len(family.members))
+        group.sort(key=lambda member: member.multiply_adds)
+        if base is None:
+            owners = _owners(group)
+        else:
+            owners = _by_size(group, [i for i, one in enumerate(group) if _is_run_of(one, base)])
+        for root in sorted(set(owners.values())):
+            members = [group[i] for i in range(len(group)) if owners.get(i) == root]
+            seen = [replace(member, factors=_factors(group[root], member)) for member in (group[root], *members)]
+            found.append(Family(seen[0], tuple(seen[1:])))
+        if owners:
+            left_out += [one.scores.first for i, one in enumerate(group) if i not in {*owners, *owners.values()}]
+    return sorted(found, key=lambda family: -len(family.members)), left_out
 
 
-def _factors(shape: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
-    return {key: float(shape[key]) / float(base[key]) for key in DIMENSIONS}
+def _owners(group: Sequence[Member]) -> dict[int, int]:
+    """Return the place of the base of each network that has one, among networks by multiply-adds.
+
+    A base is scaled from no other network in one dimension or two, and others are from it in one; or it is of width and
+    depth 1, as B0. Where there is neither, as among a search's candidates, it is what the most are larger than.
+    What is scaled from several in more dimensions than one is the largest one's.
+    """
+    indices = range(len(group))
+    single = [[i for i in indices if _larger(one, group[i]) == 1] for one in group]
+    tops = [i for i in indices if not any(i in others for others in single)]
+    roots = [i for i in tops if not any(0 < _larger(group[top], group[i]) < len(DIMENSIONS) for top in tops)]
+    owners: dict[int, int] = {}
+    for root in sorted(roots, key=lambda i: -len(single[i])):
+        if any(group[i].multiply_adds > _CLEARLY * group[root].multiply_adds for i in single[root]):
+            owners = {**dict.fromkeys(single[root], root), **owners}
+    bases = [i for i in roots if i in owners.values() or _is_unscaled(group[i])]
+    if not bases:
+        bases = [max(indices, key=lambda i: sum(_larger(group[i], other) > 0 for other in group))]
+    return {**_by_size(group, bases), **owners}
+
+
+def _by_size(group: Sequence[Member], bases: Sequence[int]) -> dict[int, int]:
+    """Return for each network the largest base that it is scaled from, where there is one."""
+    found = ((i, [base for base in bases if _larger(group[base], one)]) for i, one in enumerate(group))
+    return {i: max(those) for i, those in found if those and i not in bases}
+
+
+def _larger(base: Member, other: Member) -> int:
+    """Return in how many dimensions a network is larger than the base; 0 where it is smaller in one."""
+    factors = [factor for factor in _factors(base, other).values() if not _is(factor, 1)]
+    return len(factors) if all(factor > 1 for factor in factors) else 0
+
+
+def _is_unscaled(member: Member) -> bool:
+    return all(_is(member.scores.first.shape[key], 1) for key in ("depth", "width"))
+
+
+def _is_run_of(member: Member, folder: Path) -> bool:
+    return any(run.folder.resolve() == folder.resolve() for run in member.scores.runs)
+
+
+def _factors(base: Member, member: Member) -> dict[str, float]:
+    one, other = base.scores.first.shape, member.scores.first.shape
+    return {key: float(other[key]) / float(one[key]) for key in DIMENSIONS}
 
 
 def _is(one: float, other: float) -> bool:

@@ -134,7 +134,7 @@ def single_dimensions_figure(found: Sequence[Family]) -> "Figure":
             color, marker = _STYLES[method]
             points = [_of(member, _factor_name(member, method)) for member in family.by(method)]
             _points(axes, points, color=color, marker=marker, line="-", hollow=False)
-            _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
+            _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
             axes.set_title(method, fontsize=11, loc="left")
             axes.margins(x=0.15, y=0.15)
             drawn.append((axes, points, color))
@@ -172,7 +172,9 @@ def methods_figure(found: Sequence[Family]) -> "Figure":
             points = [_of(member, "") for member in family.by(method)]
             if len(points) > 1:
                 name = "compound scaling" if method == "compound" else f"scale by {method}"
-                _points(axes, points, color=color, marker=marker, line="-", label=name, hollow=False)
+                line = "-" if method != "compound" or family.grows else ""
+                shown = points if line else points[1:]
+                _points(axes, shown, color=color, marker=marker, line=line, label=name, hollow=False)
         base = _of(family.base, "")
         axes.plot(
             base.x, 100 * base.y, marker="o", color="black", markersize=8, linestyle="", label="baseline", zorder=5
@@ -188,7 +190,7 @@ def _panels(found: Sequence[Family]) -> tuple["Figure", Sequence["Axes"]]:
 
 
 def _finish_family(axes: "Axes", family: Family) -> None:
-    _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data}")
+    _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
     axes.set_title(family.name, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=10, loc="best")
     axes.margins(x=0.08, y=0.12)

@@ -31,6 +31,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
+def run_name(path: Path) -> str:
+    """Return what a run is called, whose folder or `metrics.jsonl` it is: the name of the folder."""
+    return (path if path.is_dir() else path.absolute().parent).resolve().name
+
+
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the epochs and the values of a key, without rows that lack it or hold null."""
     points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
@@ -56,7 +61,7 @@ def training_curve(
     except ImportError as error:
         raise ImportError("plots need the extra plots (matplotlib): pip install 'effnet-train[plots]'") from error
     if title is None and isinstance(runs, Path):
-        title = (runs if runs.is_dir() else runs.absolute().parent).resolve().name
+        title = run_name(runs)
     named = runs if isinstance(runs, Mapping) else {"": runs}
     loaded = {name: read_metrics(run) if isinstance(run, Path) else run for name, run in named.items()}
     for name, rows in loaded.items():

@@ -58,13 +58,17 @@ def counted(model: nn.Module, resolution: int, source: str, **rest: Any) -> Netw
     return Network(cost.parameters, cost.multiply_adds, source, **rest)
 
 
-def scores_of(network: Network | None, runs: Sequence[Run], data: str | None, free: Sequence[str]) -> Scores | None:
-    """Return the best scores among the runs of a network, over seeds; those on the data set `data` before others."""
+def scores_of(network: Network | None, runs: Sequence[Run], data: str, free: Sequence[str]) -> list[Scores]:
+    """Return the scores of a network's trainings, over seeds, best first; on the data set `data` alone if there are.
+
+    Each is a way of training, by another recipe perhaps.
+    """
     if network is None or network.shape is None:
-        return None
+        return []
     shape = network.shape
     groups = over_seeds((run for run in runs if same_shape(run.shape, shape)), free)
-    return max(groups, key=lambda scores: (scores.first.data == data, scores.top1), default=None)
+    here = [scores for scores in groups if scores.first.data.name == data]
+    return sorted(here or groups, key=lambda scores: -scores.top1)
 
 
 def stage_table(table: Mapping[str, Any], stages: Sequence[Any]) -> Sheet:
@@ -110,9 +114,9 @@ def network_table(
     rows = []
     for row, network in zip(table["rows"], networks, strict=True):
         data = table.get("data", row["name"])
-        usable = runs if "data" in table else [run for run in runs if run.data == data]
-        scores = scores_of(network, usable, data, free)
-        rows.append(_network_row(row, network, scores, data, changed))
+        usable = runs if "data" in table else [run for run in runs if run.data.name == data]
+        found = scores_of(network, usable, data, free)
+        rows.append(_network_row(row, network, found, data, changed))
     keys = {key for row in rows for key in row}
     columns = [column for column in _NETWORK_COLUMNS if column.key in keys]
     texts = [f"{_named(row)}: {row['note']}" for row in rows if row.get("note")]
@@ -120,7 +124,10 @@ def network_table(
     return Sheet(table["title"], columns, rows, [*marked, *texts, *notes])
 
 
-def _network_row(row: Row, network: Network | None, scores: Scores | None, data: str, changed: bool) -> dict[str, Any]:
+def _network_row(
+    row: Row, network: Network | None, found: Sequence[Scores], data: str, changed: bool
+) -> dict[str, Any]:
+    scores = found[0] if found else None
     made: dict[str, Any] = {key: row[key] for key in ("name", "scaling", "depth", "width", "resolution") if key in row}
     if "timm" in row:
         del made["resolution"]  # in pixels, not a factor
@@ -134,7 +141,7 @@ def _network_row(row: Row, network: Network | None, scores: Scores | None, data:
         made |= {f"{key}_paper": row.get(key), f"{key}_here": counted_here}
         if counted_here and row.get(key) and not changed:
             made[f"{key}_difference"] = counted_here / row[key] - 1
-    same_data = scores is not None and scores.first.data == data and not changed
+    same_data = scores is not None and scores.first.data.name == data and not changed
     for key in ("top1", "top5"):
         if key not in row:
             continue
@@ -146,6 +153,7 @@ def _network_row(row: Row, network: Network | None, scores: Scores | None, data:
             made[f"{key}_difference"] = here - row[key]
     if scores:
         made |= {"top1_here_spread": scores.spread, "run": scores.describe()}
+        made["run"] += f", the best of {len(found)} trainings" if len(found) > 1 else ""
     return made
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -90,6 +91,16 @@ def first_word(program: str, kind: str, about: str, choices: Mapping[str, str]) 
     usage = f"{program} {kind.upper()} [key=value ...]: {about}."
     print("\n".join([usage, "", *lines, "", f"{kind.upper()} --help tells more."]))
     raise SystemExit(0 if words else USER_ERROR_EXIT_CODE)
+
+
+def check_places(program: str, name: str, words: Sequence[str], configs: Mapping[str, str]) -> None:
+    """Refuse a word whose key the command `name` hasn't, but one of its siblings: `configs` are their root files."""
+    keys = {config: set(yaml.safe_load((CONFIG_DIR / f"{config}.yaml").read_text())) for config in configs.values()}
+    for word in words:
+        key, equals, _ = word.partition("=")
+        others = [other for other, config in configs.items() if key in keys[config]]
+        if equals and others and name not in others:
+            fail(f"{key} is not a key of {program} {name}, but of {', '.join(others)}")
 
 
 def jobs(program: str, config: str, about: str, tasks: Mapping[str, Callable[[DictConfig], None]]) -> None:

@@ -146,7 +146,8 @@ TABLE_LATENCY: Mapping[str, Any] = {
     **dict.fromkeys(("rounds", "warmup", "threads"), int),
     "measured": str | None,
 }
-PLOT: Mapping[str, Any] = {"run_root": str, **dict.fromkeys(("dataset", "output"), str | None)}
+PLOT: Mapping[str, Any] = {"run_root": str, "output": str | None}
+PLOT_SCALING: Mapping[str, Any] = {**PLOT, **dict.fromkeys(("base", "dataset"), str | None)}
 PLOT_MAPS: Mapping[str, Any] = {
     "images": list[str],
     **dict.fromkeys(("checkpoints", "labels"), list[str] | None),

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from effnet_train.analysis.runs import IMAGENET, Run, find_runs, shape_of
+from effnet_train.analysis.runs import DataSet, Run, data_set, distinct, find_runs, of_length, shape_of
 from effnet_train.analysis.tables import Network, counted, data_sets, read_table, scores_of, timm_network
 from effnet_train.cli import build
 from effnet_train.cli.app import CONFIG_DIR, user_message
@@ -115,7 +115,7 @@ def count_model(cfg: Mapping[str, Any], resolution: int, classes: int, *, source
 
 def count_run(run: Run) -> Network:
     """Count the network of a run."""
-    return count_shape(run.shape, run.classes)
+    return count_shape(run.shape, run.data.classes)
 
 
 def count_shape(shape: Mapping[str, Any], classes: int) -> Network:
@@ -132,9 +132,9 @@ def map_checkpoints(run_root: str) -> dict[str, str]:
     rows = table(7)["rows"]
     runs = finished_runs(run_root)
     found = {
-        row["scaling"]: str(scores.first.folder)
+        row["scaling"]: str(scores[0].first.folder)
         for row, network in zip(rows, networks(rows), strict=True)
-        if (scores := scores_of(network, runs, "ImageNet", FREE)) is not None
+        if (scores := scores_of(network, runs, "ImageNet", FREE))
     }
     if not found:
         words = "; ".join(network.source for network in networks(rows) if network)
@@ -145,27 +145,29 @@ def map_checkpoints(run_root: str) -> dict[str, str]:
     return found
 
 
-def finished_runs(run_root: str, data: str | None = None) -> list[Run]:
-    """Return the finished runs below `run_root`, of those on the data set `data` alone where that is given.
+def finished_runs(run_root: str, max_steps: int | None = None, *, told: bool = True) -> list[Run]:
+    """Return the finished runs below `run_root`, one of each configuration and seed, that are whole or of `max_steps`.
 
-    What cannot be read is told on standard error. Raises FileNotFoundError where there is no such folder.
+    Which are left out is said on standard error, unless `told` is False. Raises FileNotFoundError where there is no
+    such folder.
     """
-    if not Path(run_root).is_dir():
-        if run_root == "runs":  # the default: nobody has trained here yet
-            return []
-        raise FileNotFoundError(f"run_root={run_root} does not exist: give the folder that holds the runs' folders")
-    runs, wrong = find_runs(Path(run_root), _known())
-    for text in wrong:
+    root = Path(run_root)
+    if not root.exists() and run_root == "runs":  # the default: nobody has trained here yet
+        return []
+    if not root.is_dir():
+        what = "is no folder" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"run_root={run_root} {what}: give the folder that holds the runs' folders")
+    runs, damaged = find_runs(root, _known())
+    runs, short = of_length(runs, max_steps)
+    runs, repeated = distinct(runs, FREE)
+    for text in (*damaged, *short, *repeated) if told else ():
         print(f"warning: {text}", file=sys.stderr)
-    return [run for run in runs if data in (None, run.data)]
+    return runs
 
 
-def data_name(cfg: DictConfig) -> str:
-    """Return the name by which runs on a data set are known, from its configuration: see `runs.Run.data`."""
-    expected = cfg.get("expected") or {}
-    known = ((name, {"classes": classes, "train": images}) for name, classes, images in (*_known(), IMAGENET))
-    found = (name for name, counts in known if all(expected.get(key) == value for key, value in counts.items()))
-    return next(found, Path(str(cfg.root)).name)
+def known_data_set(cfg: DictConfig, classes: int, images: int) -> DataSet:
+    """Return which data set a configuration's is, by the numbers of its classes and of its training images."""
+    return data_set(classes, images, str(cfg.root), _known())
 
 
 @cache

@@ -1,5 +1,6 @@
 """`effnet-plot FIGURE ...`: the paper's figures with one's own runs, and the curves of runs."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import command, first_word
+from effnet_train.cli.app import check_places, command, first_word
 from effnet_train.cli.outputs import check_folder, make_place, writing
 
 if TYPE_CHECKING:
     from effnet_train.analysis.figures import Point
+    from effnet_train.analysis.runs import Run
 
 _FOLDER = Path("figures")
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -22,6 +24,7 @@ def main() -> None:
     about = "the paper's figures with your runs, and the curves of runs"
     name = first_word("effnet-plot", "figure", about, {name: line for name, (_, _, line) in FIGURES.items()})
     config, draw, _ = FIGURES[name]
+    check_places("effnet-plot", name, sys.argv[1:], {figure: entry[0] for figure, entry in FIGURES.items()})
     command(config, partial(draw, name))()
 
 
@@ -41,7 +44,8 @@ def accuracy(name: str, cfg: DictConfig) -> None:
     points = {row["name"]: figures.Point(_short(row["name"]), row[key], row["top1"]) for row in rows}
     ours = [point for row_name, point in points.items() if row_name.startswith("EfficientNet")]
     trained = []
-    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"] or "ImageNet"), FREE):
+    runs = paper.finished_runs(config["run_root"])
+    for scores in over_seeds((run for run in runs if run.data.name == "ImageNet" and not run.transferred), FREE):
         value = getattr(paper.count_run(scores.first), cost) / {"parameters": 1e6, "multiply_adds": 1e9}[cost]
         trained.append(figures.Point(scores.first.folder.name, value, scores.top1, scores.spread))
     others = [point for point in points.values() if point not in ours]
@@ -57,11 +61,13 @@ def transfer(name: str, cfg: DictConfig) -> None:
 
     config, outputs = _checked(name, cfg, check.PLOT)
     trained: dict[str, list[Point]] = {}
-    for scores in over_seeds(paper.finished_runs(config["run_root"], config["dataset"]), FREE):
+    runs = paper.finished_runs(config["run_root"])
+    rows = paper.table(5)["rows"]
+    names = {row["name"] for row in rows}
+    for scores in over_seeds((run for run in runs if run.data.name in names and run.transferred), FREE):
         millions = paper.count_run(scores.first).parameters / 1e6
         point = figures.Point(scores.first.folder.name, millions, scores.top1, scores.spread)
-        trained.setdefault(scores.first.data, []).append(point)
-    rows = paper.table(5)["rows"]
+        trained.setdefault(scores.first.data.name, []).append(point)
     counted = paper.networks(rows)
     # Where the paper prints no size of an EfficientNet, it is known all the same.
     sized = [
@@ -76,14 +82,25 @@ def scaling(name: str, cfg: DictConfig) -> None:
     from effnet_train.cli import check, paper
     from effnet_train.cli.run_folder import FREE
 
-    config, outputs = _checked(name, cfg, check.PLOT)
-    runs = paper.finished_runs(config["run_root"], config["dataset"])
+    config, outputs = _checked(name, cfg, check.PLOT_SCALING)
+    runs = paper.finished_runs(config["run_root"])
+    base = None if config["base"] is None else Path(config["base"])
+    if base and not any(run.folder.resolve() == base.resolve() for run in runs):
+        raise ValueError(
+            f"base={base} is no finished run below run_root={config['run_root']}: give such a run's folder"
+        )
+    runs = [run for run in runs if config["dataset"] in (None, run.data.name)]
 
     @cache
     def multiply_adds(shape: tuple[tuple[str, Any], ...], classes: int) -> int:
         return paper.count_shape(dict(shape), classes).multiply_adds
 
-    found = families.families(runs, lambda run: multiply_adds(tuple(run.shape.items()), run.classes), FREE)
+    def cost(run: "Run") -> int:
+        return multiply_adds(tuple(run.shape.items()), run.data.classes)
+
+    found, left_out = families.families(runs, cost, FREE, base)
+    for run in left_out:
+        print(f"note: {run.folder} is in no family: scaled from no base, and none for others", file=sys.stderr)
     wanted = {"figure3": families.DIMENSIONS, "figure4": ("width",), "figure8": families.METHODS}[name]
     found = [family for family in found if any(len(family.by(method)) > 1 for method in wanted)]
     if not found:
@@ -131,7 +148,7 @@ def maps(name: str, cfg: DictConfig) -> None:
 
 def curves(name: str, cfg: DictConfig) -> None:
     """Draw the curves of runs."""
-    from effnet_train.analysis.plots import training_curve
+    from effnet_train.analysis.plots import read_metrics, run_name, training_curve
     from effnet_train.cli import check
 
     config, outputs = _checked(name, cfg, check.PLOT_CURVES)
@@ -141,10 +158,11 @@ def curves(name: str, cfg: DictConfig) -> None:
         raise ValueError("runs=[] is empty: give the runs' folders")
     if len(labels) != len(runs) or len(set(labels)) != len(labels):
         raise ValueError(f"labels: {len(labels)} for {len(runs)} runs; give each run one of its own, or none at all")
-    drawn = runs[0] if len(runs) == 1 else dict(zip(labels, runs, strict=True))
+    rows = [read_metrics(run) for run in runs]
+    title = config["title"] or (run_name(runs[0]) if len(runs) == 1 else None)
     for output in outputs:
         with writing("output", output):
-            training_curve(drawn, output, title=config["title"])
+            training_curve(dict(zip(labels, rows, strict=True)), output, title=title)
         print(output)
 
 
@@ -178,12 +196,12 @@ def _save(figure: Any, outputs: Sequence[Path]) -> None:
 _Draw = Callable[[str, DictConfig], None]
 FIGURES: Mapping[str, tuple[str, _Draw, str]] = {
     "figure1": ("plot", accuracy, "ImageNet accuracy against parameters"),
-    "figure3": ("plot", scaling, "width, depth and resolution scaled by themselves (of runs)"),
-    "figure4": ("plot", scaling, "width scaled under several depths and resolutions (of runs)"),
+    "figure3": ("plot_scaling", scaling, "width, depth and resolution scaled by themselves (of runs)"),
+    "figure4": ("plot_scaling", scaling, "width scaled under several depths and resolutions (of runs)"),
     "figure5": ("plot", accuracy, "ImageNet accuracy against multiply-adds"),
     "figure6": ("plot", transfer, "accuracy against parameters on eight data sets"),
     "figure7": ("plot_figure7", maps, "class activation maps of scaled networks"),
-    "figure8": ("plot", scaling, "the methods of scaling compared (of runs)"),
+    "figure8": ("plot_scaling", scaling, "the methods of scaling compared (of runs)"),
     "curves": ("plot_curves", curves, "loss, accuracy and learning rate of runs"),
 }
 

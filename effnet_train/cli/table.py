@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import command, first_word
+from effnet_train.cli.app import CONFIG_DIR, check_places, command, fail, first_word
 from effnet_train.cli.outputs import check_file, writing
 from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 
 # Words that may stand among those of effnet-table and are the trainings': Hydra knows them as groups, not as keys.
 _OF_TRAININGS = ("data=", "data.", "recipe=")
+_TRANSFER = 5  # the table whose networks began with another training's weights; those of the others did not
 
 
 def main() -> None:
@@ -25,6 +27,8 @@ def main() -> None:
     config, job, _ = TABLES[name]
     if config == "table":
         sys.argv[1:] = with_overrides(sys.argv[1:])
+        _check_own(sys.argv[1:])
+    check_places("effnet-table", name, sys.argv[1:], {table: entry[0] for table, entry in TABLES.items()})
     statuses: list[int] = []
     command(config, lambda cfg: statuses.append(job(cfg)))()
     if any(statuses):
@@ -40,6 +44,16 @@ def with_overrides(words: Sequence[str]) -> list[str]:
     own = [word for word in words[:end] if not word.startswith(_OF_TRAININGS)]
     given = [word for word in words[:end] if word.startswith(_OF_TRAININGS)] + list(words[end + 1 :])
     return [*own, f"overrides={json.dumps(given, ensure_ascii=False)}"] if given else own
+
+
+def _check_own(words: Sequence[str]) -> None:
+    """Refuse words that are for the trainings, where only the table's own may stand."""
+    known = {name: yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text()) for name in ("table", "train")}
+    groups = {next(iter(entry)) for entry in known["train"]["defaults"] if isinstance(entry, dict)}
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~").partition(".")[0]
+        if "=" in word and key not in known["table"] and key in {*known["train"], *groups}:
+            fail(f"{word} is for the trainings: give it after --, as in: -- {word}")
 
 
 def stages(cfg: DictConfig) -> int:
@@ -81,7 +95,10 @@ def networks(cfg: DictConfig, number: int) -> int:
             return status
     words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
     changed = paper.change_networks(table["rows"], words)
-    runs = paper.finished_runs(config["run_root"], table_runs.data_asked_for(config["overrides"]))
+    asked = table_runs.data_asked_for(config["overrides"])
+    runs = paper.finished_runs(config["run_root"], table_runs.steps_asked_for(config["overrides"]))
+    transferred = number == _TRANSFER or table_runs.choice(config["overrides"], "init_from") is not None
+    runs = [run for run in runs if asked in (None, run.data) and run.transferred == transferred]
     notes = [f"The networks here are not the paper's: {' '.join(words)}"] if changed else []
     notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
     counted = paper.networks(table["rows"], words)

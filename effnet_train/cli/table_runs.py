@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train import distributed
-from effnet_train.analysis.runs import Run, without
+from effnet_train.analysis.runs import DataSet, Run, without
 from effnet_train.cli import build, paper, plan
 from effnet_train.cli.launch import run_training
 from effnet_train.cli.run_folder import FREE
@@ -20,19 +20,27 @@ _FAILED = 1
 
 @dataclass(frozen=True)
 class Training:
-    """Hold one training: the words of effnet-train, what they make, and what it costs in multiply-adds."""
+    """Hold one training: the words of effnet-train, what they make, its length, and what an image costs."""
 
     name: str
     words: Sequence[str]
     cfg: DictConfig
-    classes: int
+    data: DataSet
     images: int
+    steps: int
     multiply_adds: int
 
     @property
     def total(self) -> float:
         """Return the multiply-adds of forward passes over the whole training."""
-        return float(self.cfg.epochs) * self.images * self.multiply_adds
+        return float(self.steps * self.cfg.batch_size * self.multiply_adds)
+
+    @property
+    def length(self) -> str:
+        """Word how many images it takes."""
+        if self.cfg.max_steps is not None:
+            return f"{self.steps:,} steps x {self.cfg.batch_size:,} images"
+        return f"{self.cfg.epochs:g} epochs x {self.images:,} images"
 
 
 def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, Any]) -> int:
@@ -40,7 +48,7 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
 
     What has been trained, by whatever name, is not trained again; what was begun goes on.
     """
-    runs = paper.finished_runs(config["run_root"])
+    runs = paper.finished_runs(config["run_root"], steps_asked_for(config["overrides"]), told=config["run"] == "plan")
     trainings = [_training(row, prefix, seed, config) for row in _rows(table) for seed in config["seeds"]]
     missing = [training for training in trainings if not any(_same(training, run) for run in runs)]
     print(f"{prefix}: {len(trainings)} trainings, {len(trainings) - len(missing)} finished, {len(missing)} to do")
@@ -63,15 +71,30 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
     return _FAILED if failed else 0
 
 
-def data_asked_for(overrides: Sequence[str]) -> str | None:
-    """Return the name of the data set that the overrides choose, as runs have it; None where they choose none."""
-    words = [text for text in overrides if text.startswith(("data=", "data."))]
-    return paper.data_name(paper.composed(words).data) if _choice(overrides, "data") else None
+def choice(overrides: Sequence[str], key: str) -> str | None:
+    """Return what the overrides set a key, or choose of a group; None where they leave it."""
+    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{key}=")), None)
 
 
-def _choice(overrides: Sequence[str], group: str) -> str | None:
-    """Return what the overrides choose of a group; None where they leave it."""
-    return next((text.partition("=")[2] for text in reversed(overrides) if text.startswith(f"{group}=")), None)
+def data_asked_for(overrides: Sequence[str]) -> DataSet | None:
+    """Return the data set that the overrides choose, which is counted where no numbers are expected of it; None: none.
+
+    Raises FileNotFoundError where it is not there to be counted.
+    """
+    if choice(overrides, "data") is None:
+        return None
+    cfg = paper.composed([text for text in overrides if text.startswith(("data=", "data."))]).data
+    expected = cfg.get("expected") or {}
+    if "classes" in expected and "train" in expected:
+        return paper.known_data_set(cfg, expected["classes"], expected["train"])
+    images, classes, _ = plan.counts(cfg)
+    return paper.known_data_set(cfg, classes, images + cfg.minival)
+
+
+def steps_asked_for(overrides: Sequence[str]) -> int | None:
+    """Return the steps after which the overrides end trainings, None where they don't."""
+    value = choice(overrides, "max_steps")
+    return int(value) if value and value.isdecimal() else None
 
 
 def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -83,9 +106,10 @@ def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[str, Any]) -> Training:
     transfer = "other" in row
     own = next((known["data"] for known in paper.table(6)["rows"] if known["name"] == row["name"]), "imagenet")
-    overrides = [text.replace("{model}", row["model"]) for text in config["overrides"]]
-    data = _choice(overrides, "data") or own
-    recipe = _choice(overrides, "recipe") or ("finetune" if transfer else "efficientnet")
+    given = [text.replace("{model}", row["model"]) for text in config["overrides"]]
+    data = choice(given, "data") or own
+    recipe = choice(given, "recipe") or ("finetune" if transfer else _recipe(row["model"]))
+    overrides = [text for text in given if not text.startswith(("data=", "recipe="))]
     name = "-".join(
         [prefix, row["model"], *([row["scaling"]] if "scaling" in row else []), data, recipe, f"seed{seed}"]
     )
@@ -99,13 +123,24 @@ def _training(row: Mapping[str, Any], prefix: str, seed: int, config: Mapping[st
     images, classes, _ = plan.counts(cfg.data)
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     cost = paper.count_model(model, cfg.data.preprocess.resolution, classes, source="")
-    return Training(name, words, cfg, classes, images, cost.multiply_adds)
+    steps = build.build_plan(cfg, images).total_steps
+    data_set = paper.known_data_set(cfg.data, classes, images + cfg.data.minival)
+    return Training(name, words, cfg, data_set, images, steps, cost.multiply_adds)
+
+
+def _recipe(model: str) -> str:
+    """Return the recipe of a network, which has the beginning of its name."""
+    return next((recipe for recipe in ("mobilenet", "resnet") if model.startswith(recipe)), "efficientnet")
 
 
 def _same(training: Training, run: Run) -> bool:
-    """Say whether a finished run is of a training's configuration, whatever its name and place."""
+    """Say whether a finished run is of a training's configuration, data set and length, whatever its name and place."""
     asked: Any = OmegaConf.to_container(training.cfg, resolve=True)
-    return without(asked, ("name", *FREE)) == without(run.config, ("name", *FREE))
+    return (
+        without(asked, ("name", *FREE)) == without(run.config, ("name", *FREE))
+        and training.data == run.data
+        and training.steps == run.steps
+    )
 
 
 def _priced(missing: Sequence[Training], rate: float | None) -> str:
@@ -114,11 +149,17 @@ def _priced(missing: Sequence[Training], rate: float | None) -> str:
         rate, told = _measured(min(missing, key=lambda training: training.multiply_adds))
     else:
         told = f"rate={rate:g}"
-    lines = [
-        f"  {training.name:56} {training.cfg.epochs:g} epochs x {training.images:,} images x "
-        f"{training.multiply_adds / 1e9:.3f} B multiply-adds: {plan.duration(training.total / 1e9 / rate / 3600)}"
+    cells = [
+        (
+            training.name,
+            training.length,
+            f"{training.multiply_adds / 1e9:.3f}",
+            plan.duration(training.total / 1e9 / rate / 3600),
+        )
         for training in missing
     ]
+    name, length, cost, time = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [f"  {a:{name}}  {b:>{length}} x {c:>{cost}} B multiply-adds: {d:>{time}}" for a, b, c, d in cells]
     hours = sum(training.total for training in missing) / 1e9 / rate / 3600
     return "\n".join(
         [*lines, f"  in all about {plan.duration(hours)} at {rate:,.1f} B multiply-adds a second ({told})"]
@@ -133,7 +174,7 @@ def _measured(training: Training) -> tuple[float, str]:
     ranks = distributed.resolve_ranks(cfg.ranks, device)
     build.set_threads(cfg.threads)
     precision = build.resolve_precision(cfg.precision, session.device)
-    accumulate = build.resolve_accumulate(cfg, ranks, session.device, training.classes, precision)
+    accumulate = build.resolve_accumulate(cfg, ranks, session.device, training.data.classes, precision)
     micro = max(1, cfg.batch_size // ranks // accumulate)
-    images_per_s, _ = plan.images_per_s(cfg, training.classes, precision, session, micro)
+    images_per_s, _ = plan.images_per_s(cfg, training.data.classes, precision, session, micro)
     return images_per_s * ranks * training.multiply_adds / 1e9, f"{training.name}'s step, timed here"

@@ -51,7 +51,7 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Return the number of optimizer steps of the whole run."""
-        whole = math.ceil(Fraction(str(self.epochs)) * self.num_images / self.batch_size)
+        whole = whole_steps(self.epochs, self.num_images, self.batch_size)
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
     def lr(self, step: int) -> float:
@@ -67,6 +67,11 @@ class Plan:
     def due(self, every: Every, step: int) -> bool:
         """Say whether it is time for `every` after `step` steps; the end of the run is time for everything."""
         return step == self.total_steps or every.due(step, self.batch_size, self.num_images)
+
+
+def whole_steps(epochs: float, num_images: int, batch_size: int) -> int:
+    """Return the number of optimizer steps of a run that is not cut short."""
+    return math.ceil(Fraction(str(epochs)) * num_images / batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,11 +69,17 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def finished(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes what a finished run leaves for tables and figures, without training.
 
-    The scores are those of the EMA weights; `classes` and `images` are the data set's.
+    The scores are those of the EMA weights; `classes` and `images` are the data set's; `steps` None: it is whole.
     """
 
     def write(
-        name: str, *overrides: str, top1: float, top5: float = 0.9, classes: int = 1000, images: int = 1281167
+        name: str,
+        *overrides: str,
+        top1: float,
+        top5: float = 0.9,
+        classes: int = 1000,
+        images: int = 1281167,
+        steps: int | None = None,
     ) -> Path:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             words = [f"name={name}", *overrides]
@@ -81,7 +88,8 @@ def finished(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(OmegaConf.to_container(cfg, resolve=True)))
         best = {"step": 7, "val/top1": 0.001, "val_ema/top1": top1, "val_ema/top5": top5}
-        (folder / "summary.json").write_text(json.dumps({"best": best, "steps": 7}))
+        whole = math.ceil(cfg.epochs * images / cfg.batch_size)
+        (folder / "summary.json").write_text(json.dumps({"best": best, "steps": steps or whole}))
         meta = {"classes": [str(number) for number in range(classes)], "images": images}
         (folder / "model.json").write_text(json.dumps(meta))
         return folder

@@ -56,6 +56,7 @@ def test_accuracy_figures_hold_table_2(
 ) -> None:
     finished("mine", "model=b0", top1=0.7654)
     finished("of-other-data", *CIFAR, top1=0.99, classes=10, images=50000)
+    finished("tuned", "model=b0", "init_from=runs/mine", top1=0.79)
     done = cli("plot", figure)
     assert (done.status, done.out) == (0, f"figures/{figure}.png\nfigures/{figure}.svg\n"), done.err
     with Image.open(f"figures/{figure}.png") as image:
@@ -74,13 +75,18 @@ def test_accuracy_figures_hold_table_2(
     assert sorted(names) == sorted([*(name.removeprefix("EfficientNet-") for name, *_ in printed), "mine"])
 
 
-def test_figure_6_has_a_panel_for_each_data_set(cli: Cli, drawn: list[Figure]) -> None:
+def test_figure_6_has_a_panel_for_each_data_set(cli: Cli, finished: Finished, drawn: list[Figure]) -> None:
+    made = {"classes": 10, "images": 50000}
+    finished("tuned", "model=b0", "data=cifar10", "recipe=finetune", "init_from=x", top1=0.977, **made)
+    finished("scratch", "model=b0", "data=cifar10", top1=0.95, **made)
     assert cli("plot", "figure6", "output=f.svg").out == "f.svg\n"
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
     assert titles == [row["name"] for row in paper.table(6)["rows"]]
     cifar, cars = drawn[0].axes[0], drawn[0].axes[3]
     np.testing.assert_allclose(points(cifar, "EfficientNet, from the paper"), [[4, 98.1], [64, 98.9]])
     np.testing.assert_allclose(points(cifar, "others, from the paper"), [[85, 98], [556, 99]])
+    np.testing.assert_allclose(points(cifar, "trained here"), [[4.02, 97.7]], rtol=1e-3)
+    assert not [line for line in cars.lines if line.get_label() == "trained here"]
     # Of B7 on Cars the paper prints no size, which is counted; of DAT neither is known.
     np.testing.assert_allclose(points(cars, "EfficientNet, from the paper"), [[10, 93.6], [64.29, 94.7]], rtol=1e-3)
     np.testing.assert_allclose(points(cars, "others, from the paper"), [[41, 93.4]])
@@ -114,7 +120,7 @@ def test_figures_of_families(cli: Cli, study: dict[str, list[float]], drawn: lis
     assert half == pytest.approx(100 * np.std(study["all"], ddof=1))
     assert drawn[0].get_supxlabel() == "Mean and standard deviation over 3 seeds"
 
-    found = families(find_runs(Path("runs"), [("CIFAR-10", 10, 50000)])[0], lambda run: run.shape["width"] * 1e8)
+    found, _ = families(find_runs(Path("runs"), [("CIFAR-10", 10, 50000)])[0], lambda run: run.shape["width"] * 1e8)
     panels = FAMILY_FIGURES["figure3"](found).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["width", "depth", "resolution"]
     assert [[text.get_text() for text in axes.texts] for axes in panels] == [
@@ -126,6 +132,25 @@ def test_figures_of_families(cli: Cli, study: dict[str, list[float]], drawn: lis
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["d = 1, r = 1", "d = 2, r = 1"]
     np.testing.assert_allclose(points(axes, "d = 2, r = 1")[:, 1], [means["deep"], means["deep-wide"]])
+
+
+def test_candidates_of_a_search_are_no_line(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    factors = {"base": (1, 0.25, 32), "one": (1.2, 0.3, 36), "two": (1.3, 0.3, 36), "three": (1.2, 0.33, 35)}
+    for i, (name, (depth, width, resolution)) in enumerate(factors.items()):
+        words = (f"model.depth={depth}", f"model.width={width}", f"model.resolution={resolution}")
+        finished(name, *CIFAR, *words, top1=0.5 + 0.1 * i, classes=10, images=50000)
+
+    def cost(run: Any) -> int:
+        return {name: 100 + 90 * (i > 0) + i for i, name in enumerate(factors)}[run.folder.name]
+
+    found, _ = families(find_runs(Path("runs"))[0], cost)
+    [axes] = FAMILY_FIGURES["figure8"](found).axes
+    [line] = [line for line in axes.lines if line.get_label() == "compound scaling"]
+    assert line.get_linestyle() == "None"
+    np.testing.assert_allclose(line.get_ydata(), [60, 70, 80])
 
 
 @pytest.mark.parametrize("figure", FAMILY_FIGURES)
@@ -188,11 +213,17 @@ def test_curves(cli: Cli, trained: Path, drawn: list[Figure]) -> None:
         (("figure2",), "figure2 is no figure: give one of figure1, figure3,"),
         (("figure1", "output=x.jpg"), "output=x.jpg must end in .png, .svg or .pdf"),
         (("figure1", "run_root=nowhere"), "run_root=nowhere does not exist"),
-        (("figure1", "images=[a]"), "images is not a key of the configuration"),
+        (("figure1", "images=[a]"), "images is not a key of effnet-plot figure1, but of figure7"),
+        (
+            ("figure1", "dataset=CIFAR-10"),
+            "dataset is not a key of effnet-plot figure1, but of figure3, figure4, figure8",
+        ),
+        (("figure8", "base=runs/a"), "base=runs/a is no finished run below run_root=runs: give such a run's folder"),
         (("figure7",), "images has no value: give images=..."),
         (("curves",), "runs has no value: give runs=..."),
         (("curves", "runs=[]"), "runs=[] is empty"),
-        (("curves", "runs=[nowhere]"), "nowhere: no metrics here; name the folder of a run"),
+        (("curves", "runs=[nowhere]"), "plot: error: nowhere: no metrics here; name the folder of a run"),
+        (("curves", "runs=[.]"), "plot: error: metrics.jsonl: no metrics here; name the folder of a run"),
         (("curves", "runs=[a,b]", "labels=[B0]"), "labels: 1 for 2 runs; give each run one of its own, or none at all"),
     ],
 )

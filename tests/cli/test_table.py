@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,7 @@ def test_runs_are_known_by_their_networks(cli: Cli, finished: Finished) -> None:
 
 
 def test_table_5_compares_on_the_rows_own_data_set(finished: Finished, tmp_path: Path) -> None:
-    finished("mine", "model=b0", "data=cifar10", top1=0.979, classes=10, images=50000)
+    finished("mine", "model=b0", "data=cifar10", "init_from=x", top1=0.979, classes=10, images=50000)
     table = paper.table(5)
     asked = [row for row in table["rows"] if row["model"] == "b0"]
     counted = paper.networks(asked)
@@ -145,6 +147,31 @@ def test_table_5_compares_on_the_rows_own_data_set(finished: Finished, tmp_path:
     assert (ten["top1_here"], ten["from_paper"]) == (0.979, [])
     assert ten["top1_difference"] == pytest.approx(-0.002)
     assert (hundred["top1_here"], hundred["from_paper"]) == (0.881, ["top1_here"])
+
+
+def test_finetuned_runs_stand_in_table_5_and_others_elsewhere(cli: Cli, finished: Finished) -> None:
+    finished("scratch", "model=b0", "epochs=90", top1=0.75)
+    finished("longer", "model=b0", top1=0.76)
+    finished("tuned", "model=b0", "init_from=runs/longer", top1=0.80)
+    made = {"classes": 10, "images": 50000}
+    finished("cifar", "model=b0", "data=cifar10", top1=0.97, **made)
+    finished("cifar-tuned", "model=b0", "data=cifar10", "recipe=finetune", "init_from=runs/longer", top1=0.95, **made)
+    row = rows(cli, "table2", "data=imagenet")[0]
+    assert (row["top1_here"], row["run"]) == ("0.76", "ImageNet, 350 epochs, longer, the best of 2 trainings")
+    row = rows(cli, "table5")[0]
+    assert (row["top1_here"], row["run"]) == ("0.95", "CIFAR-10, 100 epochs from runs/longer, cifar-tuned")
+    assert "77.3   80.0  +2.7" in cli("table", "table7", "--", "init_from=runs/longer").out
+
+
+def test_trainings_have_their_networks_recipe(cli: Cli) -> None:
+    out = cli("table", "table3", "run=plan", "rate=100").out
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  table3-")]
+    recipes = {name.split("-")[1]: name.split("-")[4] for name in names}
+    assert recipes == {"mobilenet_v1": "mobilenet", "mobilenet_v2": "mobilenet", "resnet50": "resnet"}
+    assert "recipe=efficientnet" in cli("table", "table3", "run=plan", "recipe=efficientnet", "--", "optim.x=1").err
+    done = cli("table", "table3", "run=plan", "data=cifar10", "recipe=demo", "--", "optim.x=1")
+    [words] = [line for line in done.err.splitlines() if "there is no such training as" in line]
+    assert (words.count("data="), words.count("recipe=")) == (1, 1)
 
 
 def test_a_real_run_on_a_base_of_ones_own(cli: Cli, trained: Path) -> None:
@@ -166,7 +193,7 @@ def test_an_unreadable_run_is_told_and_left_out(cli: Cli, finished: Finished) ->
     (folder / "summary.json").write_text("{")
     done = cli("table", "table7")
     assert done.status == 0
-    assert "warning: runs/broken is left out, as it cannot be read as a run (Expecting property name" in done.err
+    assert "warning: runs/broken is left out, as its config.yaml or a .json file is damaged\n" in done.err
     assert "No finished run was found in runs/." in done.out
 
 
@@ -180,10 +207,77 @@ def test_a_plan_prices_what_is_missing_and_writes_nothing(cli: Cli, finished: Fi
     line = next(line for line in done.out.splitlines() if "table7-b0-depth-" in line)
     assert line.split()[0] == "table7-b0-depth-imagenet-efficientnet-seed0"
     assert "10 epochs x 1,281,167 images x 1.575 B multiply-adds" in line
+    lines = [line for line in done.out.splitlines() if line.startswith("  table7-")]
+    assert len({(len(line), line.index(" epochs x"), line.index(":")) for line in lines}) == 1
     # 10 x 1,281,167 images at 1.575 billion each, 100 billion a second
     assert line.endswith(f"{10 * 1281167 * 1.575 / 100 / 86400:.1f} days")
     assert "table7: 5 trainings, 1 finished, 4 to do" in cli("table", *words[:-2]).out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def shards(folder: Path, classes: int, images: int) -> str:
+    """Write shards of images that nobody reads, and return the words that choose them."""
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}-0.tar", "w") as tar:
+            for number in range(images):
+                for name, content in ((f"{number}.cls", str(number % classes).encode()), (f"{number}.png", b"x")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return f"data.root={folder}"
+
+
+def test_only_runs_on_the_data_set_asked_for_count_wherever_it_lies(
+    cli: Cli, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set of the paper's is known by its counts, not by its folder; another one by its folder too."""
+    monkeypatch.setattr(paper, "_known", lambda: (("Twelve", 3, 12),))
+    roots = {}
+    for name, images in (("mine", 12), ("moved", 12), ("other", 9), ("third", 9)):
+        (tmp_path / name).mkdir()
+        roots[name] = shards(tmp_path / name, 3, images)
+    patterns = ("data.train=train-0.tar", "data.val=val-0.tar")
+    for name, images in (("mine", 12), ("other", 9), ("third", 9)):
+        finished(f"on-{name}", "model=b0", "data=shards", roots[name], *patterns, top1=0.4, classes=3, images=images)
+    for asked, found in (("moved", "Twelve, 350 epochs, on-mine"), ("third", "third, 350 epochs, on-third")):
+        row = rows(cli, "table7", "data=shards", roots[asked], *patterns)[0]
+        assert row["run"] == found
+
+
+def test_a_plan_takes_neither_another_data_set_nor_a_shorter_run_for_done(
+    cli: Cli, finished: Finished, few_digits: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(few_digits, tmp_path / "copy" / "digits")
+    words = ("model=b0", "data=digits", "data.expected=null", "batch_size=8", "epochs=2", "schedule.warmup_epochs=0")
+    made = {"classes": 10, "images": 80, "top1": 0.5}
+    finished("cut", *words, f"data.root={few_digits}", "max_steps=7", steps=7, **made)
+    asked = ("table7", "run=plan", "rate=100", "data=digits", f"data.root={few_digits}", "--", *words[2:])
+    done = cli("table", *asked)
+    assert "table7: 5 trainings, 0 finished, 5 to do" in done.out, done.err
+    assert "warning: runs/cut is left out, as it ended after 7 steps, not 20 (max_steps)" in done.err
+    cut = cli("table", *asked, "max_steps=7").out
+    assert "table7: 5 trainings, 1 finished, 4 to do" in cut
+    assert "  7 steps x 8 images x 1.57" in cut
+    finished("whole", *words, f"data.root={few_digits}", "max_steps=7", **made)  # it went on from there
+    assert "5 trainings, 1 finished" in cli("table", *asked).out
+    elsewhere = [text.replace(str(few_digits), str(copy)) for text in asked]
+    assert "5 trainings, 0 finished" in cli("table", *elsewhere).out
+
+
+def test_a_run_cut_short_is_in_no_table_but_where_its_length_is_asked_for(cli: Cli, finished: Finished) -> None:
+    finished("cut", "model=b0", "max_steps=100", steps=100, top1=0.3)
+    done = cli("table", "table7", "format=csv")
+    assert "cut" not in done.out
+    assert "warning: runs/cut is left out, as it ended after 100 steps, not 109,475 (max_steps)" in done.err
+    assert "ImageNet, 350 epochs cut short at step 100, cut" in cli("table", "table7", "--", "max_steps=100").out
+
+
+def test_a_seed_trained_twice_counts_once(cli: Cli, finished: Finished) -> None:
+    for name, seed, top1 in (("a", 0, 0.70), ("b", 1, 0.72), ("b-again", 1, 0.78)):
+        finished(name, "model=b0", f"seed={seed}", top1=top1)
+    done = cli("table", "table7", "format=csv")
+    assert "ImageNet, 350 epochs, a and 1 more" in done.out
+    assert "warning: runs/b-again is left out, as runs/b is of the same configuration and seed" in done.err
 
 
 @pytest.mark.parametrize(
@@ -195,11 +289,14 @@ def test_a_plan_prices_what_is_missing_and_writes_nothing(cli: Cli, finished: Fi
             ("table2", "run_root=nowhere"),
             "run_root=nowhere does not exist: give the folder that holds the runs' folders",
         ),
+        (("table2", "run_root=/dev/null"), "run_root=/dev/null is no folder: give the folder that holds the runs'"),
         (("table2", "run=yes"), "run='yes' must be True or False or plan"),
         (("table2", "rate=3"), "rate=3 has no effect without run=plan or run=true"),
         (("table2", "outptu=x"), "outptu is not a key of the configuration: did you mean output?"),
         (("table2", "output=no/x.md"), "output=no/x.md: its folder does not exist"),
-        (("table1", "run=plan"), "run is not a key of the configuration"),
+        (("table1", "run=plan"), "run is not a key of effnet-table table1, but of table2, table3, table5, table7"),
+        (("table2", "threads=1"), "threads=1 is for the trainings: give it after --, as in: -- threads=1"),
+        (("table2", "model.width=2"), "model.width=2 is for the trainings: give it after --"),
         (("table7", "--", "model.widht=2"), "model.widht is not a key of the configuration: did you mean model.width"),
         (("table7", "data=imagnet"), "data=imagnet is not known: did you mean data=imagenet"),
         (("table5", "run=plan"), "new_classifier=true needs weights to put it on: give init_from=..."),
