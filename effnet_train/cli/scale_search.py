@@ -20,6 +20,7 @@ from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
 from effnet_train.cli.build import build_data, build_model
 from effnet_train.cli.launch import training_command
+from effnet_train.cli.lock import locked
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
@@ -81,15 +82,22 @@ def search(cfg: DictConfig) -> None:
         )
     if config["dry_run"]:
         return
-    folder = Path(config["run_root"]) / str(config["name"])
-    run_folder.claim(folder, {key: value for key, value in config.items() if key not in _CHOOSING})
     kept = [*([base] if config["baseline"] else []), *kept]
+    folder = Path(config["run_root"]) / str(config["name"])
+    with locked(folder, Session()):
+        run_folder.claim(folder, {key: value for key, value in config.items() if key not in _CHOOSING})
+        _train(kept, seeds, folder, config, base.cost.multiply_adds, classes)
+
+
+def _train(
+    kept: Sequence[Candidate], seeds: Sequence[int], folder: Path, config: Mapping[str, Any], base: int, classes: int
+) -> None:
+    """Train what has not been trained yet, and rank. Raises SystemExit as `search` does."""
     trials = {(one.name, seed): _trial(one, seed, folder, config) for one in kept for seed in seeds}
-    remote = hydra_cfg.runtime.choices.get("cluster", "local") != "local"
-    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if remote else 1)
+    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if _is_remote() else 1)
     with stop_signals() as asked:
         failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), asked=asked)
-    rows = _rows(kept, seeds, trials, failed, base.cost.multiply_adds)
+    rows = _rows(kept, seeds, trials, failed, base)
     _write(folder, rows, config)
     print("\n".join(_table(rows, folder, config, classes)))
     if asked:
@@ -194,12 +202,18 @@ def _trial(one: Candidate, seed: int, folder: Path, config: Mapping[str, Any]) -
     own += [] if "recipe" in keys else [f"recipe={choices['recipe']}"]
     place = folder / f"{one.name}-seed{seed}"
     own += [f"model.{key}={value}" for key, value in one.dimensions.items()]
-    # Beside its folder's name in it none is needed: a sweep of one adds its overrides to it.
-    own += [f"seed={seed}", f"name={one.name}-seed{seed}", f"run_root={_quoted(str(place))}"]
-    if choices.get("cluster", "local") != "local":
+    # A sweep of one adds its overrides to its folder's name, which is found in a folder of its own.
+    root = place if _is_remote() else folder
+    own += [f"seed={seed}", f"name={place.name}", f"run_root={_quoted(str(root))}"]
+    if _is_remote():
         own = ["-m", *own, *(text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.launcher."))]
     own += _config_dir()
-    return Trial(f"{one.name}, seed {seed}", place, training_command(own))
+    return Trial(f"{one.name}, seed {seed}", place, training_command(own), config["max_steps"])
+
+
+def _is_remote() -> bool:
+    """Say whether trainings are submitted somewhere by a launcher of Hydra's."""
+    return bool(HydraConfig.get().runtime.choices.get("cluster", "local") != "local")
 
 
 def _config_dir() -> list[str]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from effnet_train.analysis.runs import Run, find_runs
+from effnet_train.analysis.runs import Run, find_runs, of_length
 from effnet_train.distributed import STOP_SIGNALS
 
 LOG = "log.txt"
@@ -21,15 +21,16 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Trial:
-    """Hold a training: the folder that is its run's, or holds it alone, and the command."""
+    """Hold a training: the folder that is its run's, or holds it alone, the command, and where it is cut short."""
 
     name: str
     folder: Path
     command: tuple[str, ...]
+    max_steps: int | None = None
 
     def result(self) -> Run | None:
-        """Return the finished run, None before its end."""
-        found, _ = find_runs(self.folder)
+        """Return the finished run, None before its end: one that was cut short elsewhere has further to go."""
+        found, _ = of_length(find_runs(self.folder)[0], self.max_steps)
         return found[0] if found else None
 
     def start(self) -> "subprocess.Popen[bytes]":

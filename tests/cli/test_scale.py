@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from effnet_train.cli.app import CONFIG_DIR
+from effnet_train.cli.lock import locked
 from effnet_train.cli.scale_search import cost_of, ranked
+from effnet_train.distributed import Session
 from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, scaled
 
 FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false", "multiple=8")
@@ -144,7 +146,7 @@ def test_the_plan_tells_what_is_dropped_and_why(cli: Any, tiny: list[str]) -> No
 def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) -> None:
     # A candidate's run is refused, as its folder is another's.
     folder, (good, bad) = Path("found"), CANDIDATES
-    own = folder / f"{bad}-seed0" / f"{bad}-seed0"
+    own = folder / f"{bad}-seed0"
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("{epochs: 77}", encoding="utf-8")
     # The base is a file of the user's own.
@@ -158,7 +160,7 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     with (folder / "search.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["rank"], row["alpha"], row["seeds"]) for row in rows] == [("1", "1.4", "1"), ("", "2.0", "0")]
-    run = folder / f"{good}-seed0" / f"{good}-seed0"
+    run = folder / f"{good}-seed0"
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert float(rows[0]["top1"]) == summary["best"]["val_ema/top1"]
     trained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -188,6 +190,19 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert [written[key] for key in ("depth", "width", "resolution")] == [
         best[key] for key in ("depth", "width", "resolution")
     ]
+
+    # What was cut short is no result of a search for longer trainings, and goes on.
+    longer = cli("scale", "search", *words, *FEW, "name=found", "max_steps=3")
+    assert longer.status == 0, longer.out
+    assert "have ended before" not in longer.out
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 3
+
+    # One search at a time in a folder.
+    with locked(folder, Session()):
+        second = cli("scale", "search", *words, *FEW, "name=found", "max_steps=3")
+    assert second.status == 2
+    assert "the folder found is being written by process" in second.err
+    assert not (folder / ".lock").exists()
 
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
