@@ -66,13 +66,13 @@ def search(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.SCALE_SEARCH)
     _check_resolution(cfg)
+    seeds = config["seeds"] or [config["seed"]]
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds={seeds} must be different numbers from 0 to below 2 ** 63")
     classes = (config["data"].get("expected") or {}).get("classes") or len(
         build_data(config["data"], Session()).classes
     )
     base, kept, dropped = _candidates(config, classes)
-    seeds = config["seeds"] or [config["seed"]]
-    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
-        raise ValueError(f"seeds={seeds} must be different numbers from 0 to below 2 ** 63")
     budget = 2 ** config["phi"] * base.cost.multiply_adds
     print("\n".join(_plan(config, base, kept, dropped, len(seeds), budget)), flush=True)
     if not kept:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from effnet_train.analysis.runs import Run, find_runs, of_length
 from effnet_train.distributed import STOP_SIGNALS
 
 LOG = "log.txt"
+_STARTED = "\n$ "  # and the command: what a start writes to the log, before all else
 _POLL_S = 0.2
 
 
@@ -36,11 +38,17 @@ class Trial:
     def start(self) -> "subprocess.Popen[bytes]":
         """Start the training, whose output goes to its log."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(f"{_STARTED}{shlex.join(self.command)}\n")
         return start(self.command, self.folder / LOG)
 
     def reason(self, status: int) -> str:
         """Return why the process left with `status`: its error, else the last line of its log."""
-        lines = [line for line in (self.folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+        text = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
+        latest = text.rpartition(_STARTED)[2].partition("\n")[
+            2
+        ]  # what former starts have said is no reason of this one
+        lines = [line for line in latest.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"[\w./-]+: (\[rank \d+\] )?error: ", line)]
         last = (errors or lines or ["no word"])[-1].partition("error: " if errors else "\0")
         how = f"signal {-status}" if status < 0 else f"exit status {status}"

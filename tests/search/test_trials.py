@@ -76,6 +76,9 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_others_go_on(tmp_pat
     }
     trials = [Trial(name, tmp_path / name, (sys.executable, "-c", code)) for name, code in codes.items()]
     told: list[str] = []
+    for trial in trials:  # of a start before
+        trial.folder.mkdir()
+        (trial.folder / "log.txt").write_text("$ effnet-train\neffnet-train: error: long mended\n")
     failed = run_trials(trials, jobs=1, told=told.append, asked=[])
     assert failed == {
         "error": f"no such thing (exit status 2; {tmp_path / 'error' / 'log.txt'})",
