@@ -200,6 +200,7 @@ _WORDS: Mapping[Any, str] = {
     list: "a list",
     Mapping: "keys with values",
 }
+_MANY: Mapping[Any, str] = {int: "whole numbers", float: "finite numbers"}
 
 
 def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
@@ -292,10 +293,15 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, Mapping, NoneType):
         return isinstance(value, hint)
-    if origin is list and get_origin(get_args(hint)[0]) is Literal:
+    if origin is list and _is_looked_at(get_args(hint)[0]):
         return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
     known = hint not in (Any, inspect.Parameter.empty) and not isinstance(hint, str)
     return not known or not isinstance(value, str | int | float | None)
+
+
+def _is_looked_at(hint: Any) -> bool:
+    """Say whether the values of a list of such are looked at: numbers, and choices that are few and known."""
+    return hint in _MANY or get_origin(hint) is Literal
 
 
 def _words(hint: Any) -> list[str]:
@@ -305,8 +311,8 @@ def _words(hint: Any) -> list[str]:
         return [word for part in get_args(hint) for word in _words(part)]
     if origin is Literal:
         return [str(value) for value in get_args(hint)]
-    if origin is list and get_origin(get_args(hint)[0]) is Literal:
-        return [f"a list of {', '.join(_words(get_args(hint)[0]))}"]
+    if origin is list and _is_looked_at(get_args(hint)[0]):
+        return [f"a list of {_MANY.get(get_args(hint)[0]) or ', '.join(_words(get_args(hint)[0]))}"]
     if inspect.isclass(origin):
         hint = list if issubclass(origin, Sequence) else Mapping if issubclass(origin, Mapping) else hint
     return [_WORDS.get(hint, "another kind of value")]

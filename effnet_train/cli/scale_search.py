@@ -4,15 +4,11 @@ import csv
 import io
 import json
 import shlex
-import signal
 import statistics
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,11 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
 from effnet_train.cli.build import build_data, build_model
-from effnet_train.distributed import STOP_SIGNALS, Session
+from effnet_train.cli.launch import training_command
+from effnet_train.cli.lock import locked
+from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.exit_codes import PREEMPTED_EXIT_CODE
 from effnet_train.search.coefficients import DIMENSIONS, Coefficients, grid, scaled
-from effnet_train.search.trials import Trial, run_trials
+from effnet_train.search.trials import Trial, run_trials, stop_signals
 
 _FAILED_EXIT_CODE = 1
 # Keys that choose candidates and settle no training: another start may add to them.
@@ -67,8 +65,14 @@ def search(cfg: DictConfig) -> None:
         raise ValueError("effnet-scale search takes no -m: jobs= trains several candidates at a time, or cluster= does")
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.SCALE_SEARCH)
-    base, kept, dropped = _candidates(config)
+    _check_resolution(cfg)
     seeds = config["seeds"] or [config["seed"]]
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds={seeds} must be different numbers from 0 to below 2 ** 63")
+    classes = (config["data"].get("expected") or {}).get("classes") or len(
+        build_data(config["data"], Session()).classes
+    )
+    base, kept, dropped = _candidates(config, classes)
     budget = 2 ** config["phi"] * base.cost.multiply_adds
     print("\n".join(_plan(config, base, kept, dropped, len(seeds), budget)), flush=True)
     if not kept:
@@ -78,34 +82,52 @@ def search(cfg: DictConfig) -> None:
         )
     if config["dry_run"]:
         return
-    folder = Path(config["run_root"]) / str(config["name"])
-    run_folder.claim(folder, {key: value for key, value in config.items() if key not in _CHOOSING})
     kept = [*([base] if config["baseline"] else []), *kept]
+    folder = Path(config["run_root"]) / str(config["name"])
+    with locked(folder, Session()):
+        run_folder.claim(folder, {key: value for key, value in config.items() if key not in _CHOOSING})
+        _train(kept, seeds, folder, config, base.cost.multiply_adds, classes)
+
+
+def _train(
+    kept: Sequence[Candidate], seeds: Sequence[int], folder: Path, config: Mapping[str, Any], base: int, classes: int
+) -> None:
+    """Train what has not been trained yet, and rank. Raises SystemExit as `search` does."""
     trials = {(one.name, seed): _trial(one, seed, folder, config) for one in kept for seed in seeds}
-    remote = hydra_cfg.runtime.choices.get("cluster", "local") != "local"
-    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if remote else 1)
-    with _stoppable() as stop:
-        failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), stop=stop)
-    rows = _rows(kept, seeds, trials, failed, base.cost.multiply_adds)
+    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if _is_remote() else 1)
+    with stop_signals() as asked:
+        failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), asked=asked)
+    rows = _rows(kept, seeds, trials, failed, base)
     _write(folder, rows, config)
-    print("\n".join(_table(rows, folder, config)))
-    if stop.is_set():
+    print("\n".join(_table(rows, folder, config, classes)))
+    if asked:
         print(f"effnet-scale: stopped, all saved in {folder}: the same command goes on", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE)
     if failed:
         raise SystemExit(_FAILED_EXIT_CODE)
 
 
-def _candidates(config: Mapping[str, Any]) -> tuple[Candidate, list[Candidate], list[tuple[Candidate, str]]]:
+def _check_resolution(cfg: DictConfig) -> None:
+    """Raise ValueError where images do not come in the size of each candidate, which is what is counted."""
+    other = cfg.copy()
+    other.model.resolution = cfg.model.resolution + 1
+    if other.data.preprocess.resolution != other.model.resolution:
+        size = cfg.data.preprocess.resolution
+        raise ValueError(
+            f"data.preprocess.resolution={size} would be the size of every candidate's images, whatever gamma: "
+            f"leave it away, and give the base's resolution as model.resolution={size}"
+        )
+
+
+def _candidates(
+    config: Mapping[str, Any], classes: int
+) -> tuple[Candidate, list[Candidate], list[tuple[Candidate, str]]]:
     """Return the base, the candidates on the budget, and those that are not to be trained, with the reason."""
     model, phi = config["model"], config["phi"]
     if phi <= 0:
         raise ValueError(f"phi={phi:g} must be above 0: the budget is 2 ** phi times the base's multiply-adds")
     if config["flops_tolerance"] <= 0:
         raise ValueError(f"flops_tolerance={config['flops_tolerance']:g} must be above 0")
-    classes = (config["data"].get("expected") or {}).get("classes") or len(
-        build_data(config["data"], Session()).classes
-    )
     costs: dict[str, Complexity] = {}
 
     def candidate(coefficients: Coefficients | None) -> Candidate:
@@ -180,12 +202,18 @@ def _trial(one: Candidate, seed: int, folder: Path, config: Mapping[str, Any]) -
     own += [] if "recipe" in keys else [f"recipe={choices['recipe']}"]
     place = folder / f"{one.name}-seed{seed}"
     own += [f"model.{key}={value}" for key, value in one.dimensions.items()]
-    # Beside its folder's name in it none is needed: a sweep of one adds its overrides to it.
-    own += [f"seed={seed}", f"name={one.name}-seed{seed}", f"run_root={_quoted(str(place))}"]
-    if choices.get("cluster", "local") != "local":
+    # A sweep of one adds its overrides to its folder's name, which is found in a folder of its own.
+    root = place if _is_remote() else folder
+    own += [f"seed={seed}", f"name={place.name}", f"run_root={_quoted(str(root))}"]
+    if _is_remote():
         own = ["-m", *own, *(text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.launcher."))]
     own += _config_dir()
-    return Trial(f"{one.name}, seed {seed}", place, (sys.executable, "-m", "effnet_train.cli.train_beside", *own))
+    return Trial(f"{one.name}, seed {seed}", place, training_command(own), config["max_steps"])
+
+
+def _is_remote() -> bool:
+    """Say whether trainings are submitted somewhere by a launcher of Hydra's."""
+    return bool(HydraConfig.get().runtime.choices.get("cluster", "local") != "local")
 
 
 def _config_dir() -> list[str]:
@@ -199,22 +227,6 @@ def _quoted(path: str) -> str:
     return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Give an event that the signals set by which a run is stopped."""
-    stop = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    former = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def _rows(
     kept: Sequence[Candidate],
     seeds: Sequence[int],
@@ -222,13 +234,13 @@ def _rows(
     failed: Mapping[str, str],
     base: int,
 ) -> list[dict[str, Any]]:
-    """Return what came of each candidate, the best mean first, the base and those without a result last."""
+    """Return what came of each candidate, in the order of `ranked`."""
     rows: list[dict[str, Any]] = []
     for one in kept:
         own = [trials[one.name, seed] for seed in seeds]
-        found = [result["top1"] for trial in own if (result := trial.result()) is not None]
+        found = [run.top1 for trial in own if (run := trial.result()) is not None]
         values = one.coefficients
-        row: dict[str, Any] = {"rank": None, "name": one.name}
+        row: dict[str, Any] = {"name": one.name}
         row |= {key: getattr(values, key) if values else None for key in ("alpha", "beta", "gamma", "product")}
         row |= {
             **one.dimensions,
@@ -241,13 +253,21 @@ def _rows(
             "failed": [failed[trial.name] for trial in own if trial.name in failed],
         }
         rows.append(row)
-    rows.sort(key=lambda row: (row["alpha"] is None, row["top1"] is None, -(row["top1"] or 0)))
-    rank = 0
-    for row in rows:
-        if row["alpha"] is not None and row["top1"] is not None:
-            rank += 1
-            row["rank"] = rank
-    return rows
+    return ranked(rows)
+
+
+def ranked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows in order, the base and those without a result last; equals share a rank, the cheapest first."""
+    scores = [row["top1"] for row in rows if row["alpha"] is not None and row["top1"] is not None]
+
+    def rank(row: Mapping[str, Any]) -> int | None:
+        absent = row["alpha"] is None or row["top1"] is None
+        return None if absent else 1 + sum(score > row["top1"] for score in scores)
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["alpha"] is None, row["top1"] is None, -(row["top1"] or 0), row["multiply_adds"]
+
+    return [{**row, "rank": rank(row)} for row in sorted(rows, key=place)]
 
 
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
@@ -260,7 +280,7 @@ def _write(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str,
     write_bytes(folder / "search.csv", text.getvalue().encode())
 
 
-def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str, Any]) -> list[str]:
+def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str, Any], classes: int) -> list[str]:
     lines = [
         "",
         f"{'rank':>4}  {'alpha':>5} {'beta':>5} {'gamma':>5}  {'x base':>6}  {'top-1':>8}  {'spread':>6}  seeds",
@@ -279,8 +299,13 @@ def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str,
     best = next((row for row in rows if row["rank"] == 1), None)
     if best:
         hydra_cfg = HydraConfig.get()
-        own = [text for text in hydra_cfg.overrides.task if text.startswith("model.")]
-        values = [f"{key}={best[key]:g}" for key in ("alpha", "beta", "gamma")]
-        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own, *values]
+        given = [text.lstrip("+") for text in hydra_cfg.overrides.task]
+        # The base's dimensions in full: recipe= and debug= may have set them, too.
+        sizes = {f"model.{key}": config["model"][key] for key in DIMENSIONS}
+        own = [text for text in given if text.startswith("model.") and text.partition("=")[0] not in sizes]
+        values = {**sizes, **{key: best[key] for key in ("alpha", "beta", "gamma")}}
+        values |= {"multiple": config["multiple"], "num_classes": classes}
+        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own]
+        words += [f"{key}={value}" for key, value in values.items()]
         lines.append(f"the best, scaled further: effnet-scale apply {shlex.join(words)} phi=2")
     return lines

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def train_missing(table: Mapping[str, Any], prefix: str, config: Mapping[str, An
 
     What has been trained, by whatever name, is not trained again; what was begun goes on.
     """
-    runs = paper.finished_runs(config["run_root"], steps_asked_for(config["overrides"]), told=config["run"] == "plan")
+    there = Path(config["run_root"]).exists()  # else the first training makes it
+    length, told = steps_asked_for(config["overrides"]), config["run"] == "plan"
+    runs = paper.finished_runs(config["run_root"], length, told=told) if there else []
     trainings = [_training(row, prefix, seed, config) for row in _rows(table) for seed in config["seeds"]]
     missing = [training for training in trainings if not any(_same(training, run) for run in runs)]
     print(f"{prefix}: {len(trainings)} trainings, {len(trainings) - len(missing)} finished, {len(missing)} to do")

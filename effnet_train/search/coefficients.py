@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from effnet_train.models.scaling import compound
@@ -12,8 +12,13 @@ from effnet_train.models.scaling import compound
 # Source: the authors in tensorflow/tpu, issue 390.
 PUBLISHED_PHI: Mapping[str, float] = {"b0": 0, "b1": 0.5, "b2": 1, "b3": 2, "b4": 3.5, "b5": 5, "b6": 6, "b7": 7}
 DIMENSIONS = ("depth", "width", "resolution")
-# Beyond this no network is meant: 2 ** 16 times the base's multiply-adds.
-_LARGEST_PHI = 16.0
+# Beyond these no network is meant, and merely to count one takes minutes: ten times what B7 has, and more.
+LARGEST_PHI = 16.0
+_LARGEST: Mapping[str, float] = {"depth": 32, "width": 32, "resolution": 8192}
+
+
+class TooLargeError(ValueError):
+    """A network is larger than any that is meant."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Coefficients:
     @property
     def product(self) -> float:
         """Return about how many times the multiply-adds grow with phi. Source: equation 3 of the paper."""
-        return self.alpha * self.beta**2 * self.gamma**2
+        return self.alpha * self.beta * self.beta * self.gamma * self.gamma  # ** raises where this is inf
 
     def __str__(self) -> str:
         return f"alpha {self.alpha:g}, beta {self.beta:g}, gamma {self.gamma:g}"
@@ -74,11 +79,21 @@ def scaled(base: Mapping[str, Any], coefficients: Coefficients, phi: float, *, m
     """Return depth, width and resolution of a base network's scaled one, as its configuration is to hold them.
 
     Factors have four decimals, so that files, commands and folders agree on them; the resolution is the nearest
-    multiple of `multiple` pixels.
+    multiple of `multiple` pixels. Raises ValueError, TooLargeError.
     """
     if multiple < 1:
         raise ValueError(f"multiple={multiple} must be at least 1 pixel")
-    depth, width, resolution = compound(phi, coefficients.alpha, coefficients.beta, coefficients.gamma)
+    if abs(phi) > LARGEST_PHI:
+        raise TooLargeError(f"phi={phi:g} must be from {-LARGEST_PHI:g} to {LARGEST_PHI:g} (B7's is 7)")
+    law = asdict(coefficients)
+    for (name, coefficient), (key, largest) in zip(law.items(), _LARGEST.items(), strict=True):
+        # Of the logarithms: the power may be more than a float can hold.
+        if phi * math.log(max(1, coefficient)) > math.log(largest / max(1e-9, base[key])):
+            raise TooLargeError(
+                f"phi={phi:g} with {name}={coefficient:g} takes {key} from {base[key]:g} to more than {largest:g}: "
+                f"lower phi or {name}"
+            )
+    depth, width, resolution = compound(phi, **law)
     pixels = base["resolution"] * resolution / multiple
     return {
         "depth": max(1e-4, round(base["depth"] * depth, 4)),
@@ -87,23 +102,32 @@ def scaled(base: Mapping[str, Any], coefficients: Coefficients, phi: float, *, m
     }
 
 
-def largest_phi(cost: Callable[[float], float], budget: float, *, precision: float = 1e-3) -> float:
+def largest_phi(cost: Callable[[float], float], budget: float, *, growth: float = 2, precision: float = 1e-3) -> float:
     """Return the largest phi, to `precision`, whose `cost` is within `budget`; below 0 if the base's is not.
 
-    `cost` grows with phi, in steps. Raises ValueError where no phi from -16 to 16 does.
+    `cost` grows with phi, in steps, about `growth` times from one phi to the next; it is infinite where there is no
+    network. Raises ValueError where no phi from -16 to 16 does.
     """
-    low, high = (0.0, 1.0) if cost(0) <= budget else (-1.0, 0.0)
-    while low < 0 and cost(low) > budget:
-        low, high = low * 2, low
-        if low < -_LARGEST_PHI:
-            raise ValueError(f"even phi={-_LARGEST_PHI:g} costs more than {budget:g}: raise the budget")
-    while low >= 0 and cost(high) <= budget:
-        low, high = high, high * 2
-        if high > _LARGEST_PHI:
-            raise ValueError(
-                f"even phi={_LARGEST_PHI:g} costs less than {budget:g}: these coefficients do not reach it"
-            )
+    if cost(0) > budget:
+        low, high = -1.0, 0.0
+        while cost(low) > budget:
+            low, high = low * 2, low
+            if low < -LARGEST_PHI:
+                raise ValueError(f"even phi={-LARGEST_PHI:g} costs more than {budget:g}: raise the budget")
+    else:
+        # About twice the last one's cost at a time: what is far above the budget may take for ever to count.
+        step = 1 / max(1, math.log2(min(growth, 1e300)))
+        low, high = 0.0, step
+        while cost(high) <= budget:
+            low, high = high, high + step
+            if low >= LARGEST_PHI:
+                raise ValueError(f"even phi={low:g} costs less than {budget:g}: these coefficients do not reach it")
     while high - low > precision:
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    if math.isinf(cost(high)):
+        raise ValueError(
+            f"even the largest network of this law, of phi={low:.3g}, costs {cost(low):.4g}: lower the budget, "
+            "or give other coefficients"
+        )
     return low

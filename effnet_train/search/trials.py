@@ -1,45 +1,54 @@
 """Trainings as processes, a few at a time: their results, or why there are none."""
 
-import contextlib
-import json
+import itertools
 import re
+import shlex
+import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import yaml
+from effnet_train.analysis.runs import Run, find_runs, of_length
+from effnet_train.distributed import STOP_SIGNALS
 
-SUMMARY = "summary.json"  # which a run writes when it has ended
 LOG = "log.txt"
+_STARTED = "\n$ "  # and the command: what a start writes to the log, before all else
 _POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Hold a training: the folder in which its run's folder is, alone, and the command."""
+    """Hold a training: the folder that is its run's, or holds it alone, the command, and where it is cut short."""
 
     name: str
     folder: Path
     command: tuple[str, ...]
+    max_steps: int | None = None
 
-    def result(self) -> dict[str, Any] | None:
-        """Return the scores of the weights that the run selected (top1 a fraction), None before its end."""
-        for file in sorted(self.folder.rglob(SUMMARY)):
-            summary = json.loads(file.read_text(encoding="utf-8"))
-            config = yaml.safe_load((file.parent / "config.yaml").read_text(encoding="utf-8"))
-            selected = str(config["select_by"]).rpartition("/")[0]
-            scores, prefix = (summary["test"], "test") if "test" in summary else (summary["best"], selected)
-            found = {key.rpartition("/")[2]: value for key, value in scores.items() if key.startswith(f"{prefix}/")}
-            return {**found, "folder": str(file.parent)}
-        return None
+    def result(self) -> Run | None:
+        """Return the finished run, None before its end: one that was cut short elsewhere has further to go."""
+        found, _ = of_length(find_runs(self.folder)[0], self.max_steps)
+        return found[0] if found else None
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start the training, whose output goes to its log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(f"{_STARTED}{shlex.join(self.command)}\n")
+        return start(self.command, self.folder / LOG)
 
     def reason(self, status: int) -> str:
         """Return why the process left with `status`: its error, else the last line of its log."""
-        lines = [line for line in (self.folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+        text = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
+        latest = text.rpartition(_STARTED)[2].partition("\n")[
+            2
+        ]  # what former starts have said is no reason of this one
+        lines = [line for line in latest.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"[\w./-]+: (\[rank \d+\] )?error: ", line)]
         last = (errors or lines or ["no word"])[-1].partition("error: " if errors else "\0")
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
@@ -47,52 +56,84 @@ class Trial:
 
 
 def run_trials(
-    trials: Sequence[Trial], *, jobs: int, told: Callable[[str], None], stop: threading.Event
+    trials: Sequence[Trial], *, jobs: int, told: Callable[[str], None], asked: Sequence[int]
 ) -> Mapping[str, str]:
-    """Run the trials that have no result yet, `jobs` at a time; return by name why others have none.
+    """Run the trials that have no result yet as `run_all` does; return by name why others have none.
 
-    One that fails is told, and the others go on. Where `stop` is set, those that run are asked to save and leave, and
-    no more begin. A process is asked to, too, when this one dies: it holds the other end of its standard input.
+    One that fails is told, and the others go on.
     """
-    waiting = [trial for trial in trials if trial.result() is None]
-    total, running, failed = len(waiting), dict[str, tuple[Trial, subprocess.Popen[bytes]]](), dict[str, str]()
-    if total < len(trials):
-        told(f"{len(trials) - total} of {len(trials)} trainings have ended before")
-    started = 0
-    while running or (waiting and not stop.is_set()):
-        while waiting and len(running) < jobs and not stop.is_set():
-            trial = waiting.pop(0)
-            started += 1
-            told(f"training {started} of {total}: {trial.name}")
-            running[trial.name] = trial, _start(trial)
-        if stop.is_set():
-            for _, process in running.values():
-                _let_go(process)
-        time.sleep(_POLL_S)
-        for name, (trial, process) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[name]
-            _let_go(process)
-            result = trial.result()
-            if result is not None:
-                told(f"{name}: top-1 {result['top1']:.2%}")
-            elif not stop.is_set():
-                failed[name] = trial.reason(process.returncode)
-                told(f"{name} FAILED: {failed[name]}")
+    waiting = {trial.name: trial for trial in trials if trial.result() is None}
+    if len(waiting) < len(trials):
+        told(f"{len(trials) - len(waiting)} of {len(trials)} trainings have ended before")
+    failed: dict[str, str] = {}
+    numbers = itertools.count(1)
+
+    def begin(trial: Trial) -> "subprocess.Popen[bytes]":
+        told(f"training {next(numbers)} of {len(waiting)}: {trial.name}")
+        return trial.start()
+
+    def ended(name: str, status: int) -> None:
+        run = waiting[name].result()
+        if run is not None:
+            told(f"{name}: top-1 {run.top1:.2%}")
+        elif not asked:
+            failed[name] = waiting[name].reason(status)
+            told(f"{name} FAILED: {failed[name]}")
+
+    run_all({name: partial(begin, trial) for name, trial in waiting.items()}, jobs=jobs, asked=asked, ended=ended)
     return failed
 
 
-def _start(trial: Trial) -> subprocess.Popen[bytes]:
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    with (trial.folder / LOG).open("ab") as log:
-        # In a session of its own: a terminal's Ctrl-C comes to it once, through us.
-        return subprocess.Popen(
-            trial.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+def run_all(
+    starts: Mapping[str, Callable[[], "subprocess.Popen[bytes]"]],
+    *,
+    jobs: int,
+    asked: Sequence[int],
+    ended: Callable[[str, int], None],
+) -> None:
+    """Run processes that `start` starts, `jobs` at a time; tell the name and the exit status of each that ended.
+
+    Each signal that comes to be in `asked` is handed on to those that run, and no more begin.
+    """
+    waiting, running, handed = dict(starts), dict[str, subprocess.Popen[bytes]](), 0
+    while running or (waiting and not asked):
+        while waiting and len(running) < jobs and not asked:
+            name = next(iter(waiting))
+            running[name] = waiting.pop(name)()
+        new, handed = asked[handed:], len(asked)
+        for process, number in itertools.product(running.values(), new):
+            process.send_signal(number)
+        time.sleep(_POLL_S)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                assert process.stdin is not None
+                process.stdin.close()
+                ended(name, running.pop(name).returncode)
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        assert process.stdin is not None
-        process.stdin.close()
+def start(command: Sequence[str], log: Path | None = None) -> "subprocess.Popen[bytes]":
+    """Start a process whose standard input ends when this one does, however it dies; its output goes after `log`'s.
+
+    It is in a session of its own: a terminal's Ctrl-C comes to it once, through us.
+    """
+    pipe = subprocess.PIPE
+    if log is None:
+        return subprocess.Popen(command, stdin=pipe, start_new_session=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdin=pipe, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Give a list of the signals that have come by which a run is stopped: it grows, and they do nothing else."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+
+    former = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

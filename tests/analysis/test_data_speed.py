@@ -122,7 +122,7 @@ def test_the_command_writes_what_it_prints(jpegs, tmp_path, monkeypatch, capsys)
         (["data", "data.root=x", "jobs=[training]"], 2, "jobs has 'training': give jobs=[train,eval]"),
         (["data", "data.root=x", "backends=[turbo]"], 2, "backends=turbo is not known"),
         (["data", "data.root=nowhere"], 2, "data.root=nowhere does not exist: set it to a folder that holds <class>/"),
-        (["data", "data.root=x", "workers=2"], 2, "workers=2 must be a list: give workers=[2]"),
+        (["data", "data.root=x", "workers=2"], 2, "workers=2 must be a list of whole numbers: give workers=[2]"),
         (["data", "data.root=x", "workers=[-1]"], 2, "workers has -1: give whole numbers from 0 on"),
         (["data", "data.root=x", "shards={a: 5}"], 2, "shards.a=5 must be a folder of shards"),
         (["data", "data.root=x", "seconds=0"], 2, "seconds=0 must be more than 0"),

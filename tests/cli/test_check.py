@@ -42,7 +42,10 @@ WRONG = {
     "save_every.epoch": (1, r"save_every\.epoch is not a key of Every: did you mean save_every\.epochs\?"),
     "checkpoint.keep": (True, r"checkpoint\.keep=True must be a whole number"),
     "checkpoint.background": (1, r"checkpoint\.background=1 must be true or false"),
-    "checkpoint.milestones": ("all", r"checkpoint\.milestones='all' must be a finite number or a list or null"),
+    "checkpoint.milestones": (
+        "all",
+        r"checkpoint\.milestones='all' must be a finite number or a list of finite numbers or null",
+    ),
     "checkpoint.remote": (3, r"checkpoint\.remote=3 must be text or null"),
     "model.width": ("abc", r"model\.width='abc' must be a finite number"),
     "model.resolution": (33.5, r"model\.resolution=33\.5 must be a whole number"),

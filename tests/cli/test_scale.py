@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from effnet_train.cli.app import CONFIG_DIR
-from effnet_train.cli.scale_search import cost_of
+from effnet_train.cli.lock import locked
+from effnet_train.cli.scale_search import cost_of, ranked
+from effnet_train.distributed import Session
 from effnet_train.search.coefficients import PUBLISHED_PHI, Coefficients, scaled
 
-FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false")
+FEW = ("alpha=[1.4,2.0]", "beta=[1.0,1.2]", "gamma=[1.0]", "flops_tolerance=0.5", "baseline=false", "multiple=8")
 CANDIDATES = ("alpha1.4-beta1.2-gamma1", "alpha2-beta1-gamma1")
 
 
@@ -78,6 +80,19 @@ def test_latency_is_measured(cli: Any) -> None:
     assert "ms measured here" in outcome.out
 
 
+@pytest.mark.parametrize(("again", "told"), [(1.0, ""), (1.05, "; 5.0% above the 60 asked for")])
+def test_a_latency_that_is_not_kept_is_told(cli: Any, monkeypatch: pytest.MonkeyPatch, again: float, told: str) -> None:
+    def latency(model: dict[str, Any], _classes: int) -> float:
+        here = 60.0 * model["width"] / 0.513
+        return here * again if model["width"] in seen else seen.add(model["width"]) or here
+
+    seen = set[float]()
+    monkeypatch.setattr("effnet_train.cli.scale._latency_ms", latency)
+    outcome = cli("scale", "apply", "model=nano", "latency_ms=60", "alpha=1", "beta=2", "gamma=1")
+    assert f"latency        {60 * again:g} ms measured here{told}\n" in outcome.out
+    assert ("warning: latency_ms=60 is not kept" in outcome.err) == bool(told)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,6 +107,15 @@ def test_latency_is_measured(cli: Any) -> None:
         (
             ("params=1e7", "model=nano", "alpha=1", "beta=1", "gamma=1"),
             "params=1e+07: even phi=16 costs less than 1e+07",
+        ),
+        (("phi=60",), "phi=60 must be from -16 to 16"),
+        (("phi=1000",), "phi=1000 must be from -16 to 16"),
+        (("phi=1", "alpha=1e300", "beta=1e300"), "phi=1 with alpha=1e+300 takes depth from 1 to more than 32: lower"),
+        (("phi=12", "alpha=1", "beta=1.4", "gamma=1"), "phi=12 with beta=1.4 takes width from 1 to more than 32"),
+        (("phi=11", "alpha=1", "beta=1", "gamma=1.4"), "with gamma=1.4 takes resolution from 224 to more than 8192"),
+        (
+            ("flops=2e9", "model=nano", "alpha=2", "beta=1", "gamma=1"),
+            "flops=2e+09: even the largest network of this law, of phi=6.84, costs",
         ),
     ],
 )
@@ -122,7 +146,7 @@ def test_the_plan_tells_what_is_dropped_and_why(cli: Any, tiny: list[str]) -> No
 def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) -> None:
     # A candidate's run is refused, as its folder is another's.
     folder, (good, bad) = Path("found"), CANDIDATES
-    own = folder / f"{bad}-seed0" / f"{bad}-seed0"
+    own = folder / f"{bad}-seed0"
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("{epochs: 77}", encoding="utf-8")
     # The base is a file of the user's own.
@@ -136,7 +160,7 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     with (folder / "search.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["rank"], row["alpha"], row["seeds"]) for row in rows] == [("1", "1.4", "1"), ("", "2.0", "0")]
-    run = folder / f"{good}-seed0" / f"{good}-seed0"
+    run = folder / f"{good}-seed0"
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert float(rows[0]["top1"]) == summary["best"]["val_ema/top1"]
     trained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -153,11 +177,43 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert (run / "summary.json").stat().st_mtime_ns == before
 
     further = again.out.partition("the best, scaled further: effnet-scale ")[2]
+    assert "multiple=8 num_classes=10" in further
     assert cli("scale", *shlex.split(further)).status == 0
+    # At the search's own phi it is the network that was trained.
+    same = cli("scale", *shlex.split(further.replace("phi=2", "phi=1")), "output=my nets/model/best.yaml")
+    best = json.loads((folder / "search.json").read_text(encoding="utf-8"))["rows"][0]
+    assert f"parameters     {best['parameters']:,}\n" in same.out
+    kept = [word for word in words if not word.startswith("model")]
+    planned = cli("train", *kept, "model=best", "name=other", "dry_run=true")
+    assert f"parameters     {best['parameters']:,}\n" in planned.out, planned.err
+    written = yaml.safe_load(Path("my nets/model/best.yaml").read_text(encoding="utf-8"))
+    assert [written[key] for key in ("depth", "width", "resolution")] == [
+        best[key] for key in ("depth", "width", "resolution")
+    ]
+
+    # What was cut short is no result of a search for longer trainings, and goes on.
+    longer = cli("scale", "search", *words, *FEW, "name=found", "max_steps=3")
+    assert longer.status == 0, longer.out
+    assert "have ended before" not in longer.out
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 3
+
+    # One search at a time in a folder.
+    with locked(folder, Session()):
+        second = cli("scale", "search", *words, *FEW, "name=found", "max_steps=3")
+    assert second.status == 2
+    assert "the folder found is being written by process" in second.err
+    assert not (folder / ".lock").exists()
 
     other = cli("scale", "search", *words, *FEW, "name=found", "batch_size=8")
     assert other.status == 2
     assert "batch_size was 16, now 8" in other.err
+
+
+def test_equals_share_a_rank() -> None:
+    found = [(1.1, 0.5, 30), (1.2, 0.75, 20), (1.3, None, 10), (1.4, 0.75, 10), (None, 0.9, 1), (1.6, 0.25, 10)]
+    rows = [{"alpha": alpha, "top1": top1, "multiply_adds": cost} for alpha, top1, cost in found]
+    ranks = [(row["alpha"], row["rank"]) for row in ranked(rows)]
+    assert ranks == [(1.4, 1), (1.2, 1), (1.1, 3), (1.6, 4), (1.3, None), (None, None)]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +224,13 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
         (("tolerance=0.01", "step=0.3"), "no alpha * beta^2 * gamma^2 is within tolerance=0.01 of 2"),
         (("flops_tolerance=0.001",), "no candidate is within flops_tolerance=0.001 of the budget"),
         (("jobs=0",), "jobs=0 must be at least 1"),
+        (("seeds=[a]",), "seeds=['a'] must be a list of whole numbers or null"),
+        (("seeds=[0,1.5]",), "seeds=[0, 1.5] must be a list of whole numbers or null"),
+        (("seeds=3",), "seeds=3 must be a list of whole numbers or null"),
+        (("seeds=[-1]",), "seeds=[-1] must be different numbers from 0 to below 2 ** 63"),
+        (("seeds=[0,0]",), "seeds=[0, 0] must be different numbers from 0 to below 2 ** 63"),
+        (("alpha=[a]",), "alpha=['a'] must be a list of finite numbers or null"),
+        (("data.preprocess.resolution=32",), "give the base's resolution as model.resolution=32"),
     ],
 )
 def test_what_search_refuses(cli: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:

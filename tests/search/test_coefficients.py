@@ -97,8 +97,24 @@ def test_the_largest_phi_within_a_budget(budget: float) -> None:
     assert cost(phi) <= budget < cost(phi + 1e-4)
 
 
+@given(base=st.floats(1, 100), budget=st.floats(1, 1e4), growth=st.floats(2, 1e300))
+def test_no_network_is_counted_that_costs_more_than_twice_budget_or_base(
+    base: float, budget: float, growth: float
+) -> None:
+    counted = []
+
+    def cost(phi: float) -> float:
+        counted.append(base * 2 ** (phi * math.log2(growth)))
+        return counted[-1]
+
+    largest_phi(cost, budget, growth=growth)
+    assert max(counted) <= 2.001 * max(base, budget)
+
+
 def test_a_budget_out_of_reach_is_told() -> None:
     with pytest.raises(ValueError, match="phi=16 costs less than 10: these coefficients do not reach it"):
         largest_phi(lambda _: 1.0, 10)
     with pytest.raises(ValueError, match=r"phi=-16 costs more than 0\.5: raise the budget"):
         largest_phi(lambda _: 1.0, 0.5)
+    with pytest.raises(ValueError, match=r"even the largest network of this law, of phi=2.5, costs 2\.5: lower"):
+        largest_phi(lambda phi: math.inf if phi > 2.5 else phi, 10)
