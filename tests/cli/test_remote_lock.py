@@ -76,7 +76,7 @@ def test_two_machines_and_one_store(tmp_path: Path) -> None:
         first.kill()
     killed = subprocess.run(other, capture_output=True, text=True, timeout=60)
     assert killed.stdout == "held\n"
-    assert "is stale, process" in killed.stderr
+    assert "is stale, " in killed.stderr  # of a file whose writing the kill cut short, an unknown process
     assert os.listdir(tmp_path / "absent" / "store" / "run") == []
 
 
