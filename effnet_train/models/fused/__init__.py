@@ -1,0 +1,53 @@
+"""GPU kernels behind the same layers, in Triton, which is imported only where they run.
+
+`fused` is a network's argument: `auto` uses the kernels where it trains on a CUDA device and Triton is there, `True`
+insists on it, `False` never does. On a CPU they run under Triton's interpreter alone, which is for tests.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+Fused = bool | str
+CHOICES: tuple[Fused, ...] = ("auto", True, False)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_choice(fused: Fused) -> None:
+    """Raise ValueError where `fused` is none of the choices."""
+    if not any(fused is choice or (isinstance(fused, str) and fused == choice) for choice in CHOICES):
+        raise ValueError(f"fused={fused!r}: choose one of auto, true, false")
+
+
+def check_possible(fused: Fused, device: torch.device) -> None:
+    """Raise ValueError where the kernels are insisted on and cannot run on the device."""
+    if fused is not True or device.type == "meta":
+        return
+    if find_spec("triton") is None:
+        raise ValueError(
+            "model.fused=true needs Triton, which is not installed: pip install triton, or use model.fused=auto or false"
+        )
+    if device.type != "cuda" and not _interpreted():
+        raise ValueError(
+            f"model.fused=true needs a CUDA device, and this is {device.type}: use device=cuda, "
+            "or model.fused=auto or false"
+        )
+
+
+def runs(fused: Fused, x: Tensor) -> bool:
+    """Say whether a training step on `x` goes through the kernels. Raises ValueError where it must and cannot."""
+    if fused is False:
+        return False
+    if fused == "auto":
+        possible = x.is_cuda and x.dtype in _DTYPES and find_spec("triton") is not None
+        return possible and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
+    check_possible(fused, x.device)
+    return True
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
