@@ -32,6 +32,7 @@ FREE = (
     "max_restarts",
     "max_steps",
     "model.checkpointing",
+    "model.fused",
     "name",
     "new_classifier",
     "on_nan",

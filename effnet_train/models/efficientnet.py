@@ -85,9 +85,7 @@ class EfficientNet(Network):
         )
         if not 0 <= se_ratio <= 1:
             raise ValueError(f"se_ratio={se_ratio} must lie between 0 (no squeeze-excite) and 1")
-        style = Style(
-            activation=activation, padding=padding, bn_eps=bn_eps, bn_momentum=bn_momentum, fused=fused
-        )
+        style = Style(activation=activation, padding=padding, bn_eps=bn_eps, bn_momentum=bn_momentum, fused=fused)
         stages = scale(EFFICIENTNET_B0, width, depth, fixed_ends=fixed_ends)
         head_channels = round_channels(HEAD_CHANNELS, 1 if fixed_ends else width)
 

@@ -27,7 +27,7 @@ def check_possible(fused: Fused, device: torch.device) -> None:
         return
     if find_spec("triton") is None:
         raise ValueError(
-            "model.fused=true needs Triton, which is not installed: pip install triton, or use model.fused=auto or false"
+            "model.fused=true needs Triton, which is not here: pip install triton, or use model.fused=auto or false"
         )
     if device.type != "cuda" and not _interpreted():
         raise ValueError(

@@ -39,7 +39,7 @@ def forward(
     BC: tl.constexpr,
 ):
     """Convolve; of the M output pixels a program has `chunk`, whose moments it leaves as `moments` would."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
@@ -48,19 +48,19 @@ def forward(
     m2 = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
+        inside = (rows < stop) & (cols[None, :] < C)
         sample, i, j = place(rows, out_height, out_width)
+        row, column = i * STRIDE - top, j * STRIDE - left
+        at = ((sample * height + row) * width + column).to(tl.int64) * C + cols[None, :]
         total = tl.zeros([BM, BC], ACC)
         for di in tl.static_range(K):
+            in_row = inside & (row + di >= 0) & (row + di < height)
             for dj in tl.static_range(K):
-                row, column = i * STRIDE - top + di, j * STRIDE - left + dj
-                seen = (rows < stop) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                at = ((sample * height + row) * width + column) * C + cols[None, :]
-                value = tl.load(x + at, mask=seen & (cols[None, :] < C), other=0.0).to(ACC)
-                w = tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0).to(ACC)
-                total += value * w[None, :]
-        inside = (rows < stop) & (cols[None, :] < C)
+                seen = in_row & (column + dj >= 0) & (column + dj < width)
+                value = tl.load(x + at + (di * width + dj) * C, mask=seen, other=0.0).to(ACC)
+                total += value * tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0)[None, :]
         stored = total.to(y.dtype.element_ty)
-        tl.store(y + rows * C + cols[None, :], stored, mask=inside)
+        tl.store(y + rows.to(tl.int64) * C + cols[None, :], stored, mask=inside)
         # Of what was stored, not of what was computed: that is what will be normalised.
         count, mean, m2 = welford(stored.to(ACC), rows < stop, count, mean, m2)
     store_moments(partial, count, mean, m2, cols, C, program, programs)
@@ -96,10 +96,10 @@ def input_gradient(
 ):
     """Write the gradient of the convolution's input, of M pixels.
 
-    Where the input was a = act(b), b = BatchNorm(x), and `x` is given: `dx` is b's gradient, `a` is written anew for the
-    weight's gradient, and sums for BatchNorm are left in `partial` as by `norm_sums`.
+    Where the input was a = act(b), b = BatchNorm(x), and `x` is given: `dx` is b's gradient, `a` is written anew for
+    the weight's gradient, and sums for BatchNorm are left in `partial` as by `norm_sums`.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
@@ -111,16 +111,18 @@ def input_gradient(
         inside = (rows < stop) & (cols[None, :] < C)
         grad = tl.zeros([BM, BC], ACC)
         for di in tl.static_range(K):
+            # The output row that saw this one through the weights' row di, if there is one; and so the column.
+            above = row + top - di
+            i = above // STRIDE
+            in_row = inside & (above >= 0) & (above % STRIDE == 0) & (i < out_height)
+            at_row = ((sample * out_height + i) * out_width).to(tl.int64)
             for dj in tl.static_range(K):
-                # The output pixel that saw this one through the weight (di, dj), if there is one.
-                above, beside = row + top - di, column + left - dj
-                i, j = above // STRIDE, beside // STRIDE
-                seen = inside & (above >= 0) & (i < out_height) & (beside >= 0) & (j < out_width)
-                seen = seen & (above % STRIDE == 0) & (beside % STRIDE == 0)
-                at = ((sample * out_height + i) * out_width + j) * C + cols[None, :]
-                w = tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0).to(ACC)
-                grad += tl.load(dy + at, mask=seen, other=0.0).to(ACC) * w[None, :]
-        own = rows * C + cols[None, :]
+                beside = column + left - dj
+                j = beside // STRIDE
+                seen = in_row & (beside >= 0) & (beside % STRIDE == 0) & (j < out_width)
+                value = tl.load(dy + (at_row + j) * C + cols[None, :], mask=seen, other=0.0).to(ACC)
+                grad += value * tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0)[None, :]
+        own = rows.to(tl.int64) * C + cols[None, :]
         if x is not None:
             mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
             normal = (tl.load(x + own, mask=inside, other=0.0).to(ACC) - mean) * rstd
@@ -163,7 +165,7 @@ def weight_gradient(
     memory once. LANES is K rounded up to a power of two.
     """
     di = tl.program_id(0)
-    program = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(1)
     cols = tl.program_id(2) * BC + tl.arange(0, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
@@ -173,12 +175,12 @@ def weight_gradient(
         rows = first + tl.arange(0, BM)
         sample, i, j = place(rows, out_height, out_width)
         inside = (rows < stop)[:, None] & (cols < C)[None, :]
-        grad = tl.load(dy + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+        grad = tl.load(dy + rows[:, None].to(tl.int64) * C + cols[None, :], mask=inside, other=0.0).to(ACC)
         row = i * STRIDE - top + di
         column = (j * STRIDE - left)[None, :, None] + dj
         seen = (inside & ((row >= 0) & (row < height))[:, None])[None, :, :]
         seen = seen & (column >= 0) & (column < width) & (dj < K)
-        at = ((sample * height + row) * width)[None, :, None] + column
+        at = (((sample * height + row) * width)[None, :, None] + column).to(tl.int64)
         total += tl.load(x + at * C + cols[None, None, :], mask=seen, other=0.0).to(ACC) * grad[None, :, :]
     taps = di * K + tl.arange(0, LANES)[:, None]
     at_sum = partial + (taps.to(tl.int64) * programs + program) * C + cols[None, :]

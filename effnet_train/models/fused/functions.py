@@ -96,9 +96,7 @@ class NormAct(torch.autograd.Function):
         ctx.save_for_backward(x, statistics, weight, bias, u)
         ctx.rest = norm.reduce_statistics, act, rate, None if residual is None else residual.dtype
         residual = None if residual is None else _channels_last(residual)
-        return launch.normalise(
-            x, (statistics, weight, bias), act, gate=None, drop=_drop(u, rate), residual=residual
-        )
+        return launch.normalise(x, (statistics, weight, bias), act, gate=None, drop=_drop(u, rate), residual=residual)
 
     @staticmethod
     @once_differentiable
@@ -179,12 +177,12 @@ class NormActProject(torch.autograd.Function):
         x = _channels_last(x)
         affine = _statistics(x, norm, partial), norm_weight, norm_bias
         means, gate = None, None
-        with torch.autocast(x.device.type, enabled=False):
-            if gate_weights:
-                means = launch.pooled(x, affine, act)
-                gate = Gate(*gate_weights)(means, x.dtype, act)
-            z = launch.normalise(x, affine, act, gate=gate, drop=None, residual=None)
-            y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
+        # Types are as autocast would have them: it has chosen that of x.
+        if gate_weights:
+            means = launch.pooled(x, affine, act)
+            gate = Gate(*gate_weights)(means, x.dtype, act)
+        z = launch.normalise(x, affine, act, gate=gate, drop=None, residual=None)
+        y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
         ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, means, gate, *gate_weights)
         ctx.rest = norm.reduce_statistics, act
         return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
@@ -197,7 +195,8 @@ class NormActProject(torch.autograd.Function):
         affine = statistics, norm_weight, norm_bias
         flat = _as_matrix(_channels_last(dy))
         dz = (flat @ weight.to(x.dtype).flatten(1)).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-        shift, d_gate_weights = None, ()
+        shift: Tensor | None = None
+        d_gate_weights: tuple[Tensor, ...] = ()
         if gate is None:
             z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
             sums = launch.norm_sums(x, affine, act, dz, None)
@@ -218,7 +217,7 @@ def _gate_gradients(
     weights: Sequence[Tensor], means: Tensor, d_gate: Tensor, dtype: torch.dtype, act: str
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the gradients of squeeze-excite's input and of its weights: so little is computed again by autograd."""
-    with torch.enable_grad(), torch.autocast(means.device.type, enabled=False):
+    with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (means, *weights)]
         gate = Gate(*leaves[1:])(leaves[0], dtype, act)
         d_means, *d_weights = torch.autograd.grad(gate, leaves, d_gate)

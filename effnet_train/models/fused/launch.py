@@ -1,7 +1,7 @@
 """Kernels called on tensors: sizes of programs, and buffers for what they leave.
 
-All tensors are channels-last. On the meta device nothing runs, but `traffic` is told which tensors a kernel would touch,
-so that memory and traffic are counted from the same code that trains.
+All tensors are channels-last. On the meta device nothing runs, but `traffic` is told which tensors a kernel would
+touch, so that memory and traffic are counted from the same code that trains.
 """
 
 import math
@@ -93,11 +93,11 @@ def _split(rows: int, channels: int, *, block: int = 64, most_columns: int = 32)
 
 def _sample_split(samples: int, pixels: int, channels: int) -> _Split:
     """Divide the pixels of each sample; `programs` is of one sample."""
-    columns = _columns(channels, 32)
-    tiles = math.ceil(pixels / 64)
+    block, columns = 32, _columns(channels, 32)
+    tiles = math.ceil(pixels / block)
     programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
-    chunk = math.ceil(tiles / programs) * 64
-    return _Split(math.ceil(pixels / chunk), chunk, 64, columns)
+    chunk = math.ceil(tiles / programs) * block
+    return _Split(math.ceil(pixels / chunk), chunk, block, columns)
 
 
 def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int, int]:
@@ -159,9 +159,7 @@ def normalise(
     grid, blocks = _pointwise(x)
     u, rate = drop or (None, 0.0)
     sizes = (_rows(x), x.shape[1], x.shape[2] * x.shape[3])
-    _launch(
-        norm_kernels.normalise, grid, x, *affine, gate, residual, u, y, *sizes, rate, 1 - rate, ACT=act, **blocks
-    )
+    _launch(norm_kernels.normalise, grid, x, *affine, gate, residual, u, y, *sizes, rate, 1 - rate, ACT=act, **blocks)
     return y
 
 
@@ -247,7 +245,7 @@ def depthwise_input_gradient(
     They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
     """
     channels = x.shape[1]
-    split = _split(_rows(x), channels)
+    split = _split(_rows(x), channels, block=32)
     normed = affine[0] is not None
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None

@@ -12,7 +12,9 @@ def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
     return norm_act(layer, layer.conv(x))
 
 
-def norm_act(layer: ConvNorm, x: Tensor, *, residual: Tensor | None = None, u: Tensor | None = None, rate: float = 0.0) -> Tensor:
+def norm_act(
+    layer: ConvNorm, x: Tensor, *, residual: Tensor | None = None, u: Tensor | None = None, rate: float = 0.0
+) -> Tensor:
     """Normalise and activate the layer's convolution's output, drop the samples that `u` asks for, add the residual."""
     norm = layer.norm
     return NormAct.apply(x, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)

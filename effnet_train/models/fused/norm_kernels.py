@@ -2,6 +2,7 @@
 
 No kernel adds atomically: programs leave partial sums, which another kernel adds in one order. So the same input gives
 the same bits. `ACC` is what is computed in: float32, or float64 for float64 tensors. `chunk` is the rows of a program.
+Rows are numbered in 32 bits, in which one divides fast, elements in 64.
 """
 
 import triton
@@ -72,7 +73,7 @@ def store_moments(partial, count, mean, m2, cols, C, program, programs):
 @triton.jit
 def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Leave each program's mean and sum of squared deviations of its rows in `partial` (2, programs, C)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
@@ -82,7 +83,8 @@ def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constex
     for first in range(start, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
         inside = rows < stop
-        value = tl.load(x + rows * C + cols[None, :], mask=inside & (cols[None, :] < C), other=0.0).to(ACC)
+        at = rows.to(tl.int64) * C + cols[None, :]
+        value = tl.load(x + at, mask=inside & (cols[None, :] < C), other=0.0).to(ACC)
         count, mean, m2 = welford(value, inside, count, mean, m2)
     store_moments(partial, count, mean, m2, cols, C, program, programs)
 
@@ -113,14 +115,14 @@ def finish_moments(
     for first in range(0, programs, BR):
         rows = first + tl.arange(0, BR)[:, None]
         inside = (rows < programs) & channels[None, :]
-        count = tl.maximum(tl.minimum(M - rows.to(tl.int64) * chunk, chunk), 0).to(ACC)
+        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
         sums += count * tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0)
     mean = tl.sum(sums, axis=0) / M
     sums = tl.zeros([BR, BC], ACC)
     for first in range(0, programs, BR):
         rows = first + tl.arange(0, BR)[:, None]
         inside = (rows < programs) & channels[None, :]
-        count = tl.maximum(tl.minimum(M - rows.to(tl.int64) * chunk, chunk), 0).to(ACC)
+        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
         apart = tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0) - mean[None, :]
         m2 = tl.load(partial + (programs + rows) * C + cols[None, :], mask=inside, other=0.0)
         sums += m2 + count * apart * apart
@@ -156,11 +158,11 @@ def normalise(
     BC: tl.constexpr,
 ):
     """Write act(BatchNorm(x)), times a gate (N, C), dropped where `u` (N,) is below the rate, plus a residual."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     inside = (rows < M) & (cols[None, :] < C)
-    at = rows * C + cols[None, :]
+    at = rows.to(tl.int64) * C + cols[None, :]
     value = activated((tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * (rstd * w) + b, ACT)
     sample = rows // pixels
     if gate is not None:
@@ -190,7 +192,7 @@ def pool(
     BC: tl.constexpr,
 ):
     """Leave sums of act(BatchNorm(x)) over a sample's pixels in `partial` (N, splits, C)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     sample, split = program // splits, program % splits
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
@@ -199,7 +201,8 @@ def pool(
     for first in range(split * chunk, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
         inside = (rows < stop) & (cols[None, :] < C)
-        value = tl.load(x + (sample * pixels + rows) * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
         total += tl.where(inside, activated((value - mean) * (rstd * w) + b, ACT), 0.0)
     tl.store(partial + program * C + cols, tl.sum(total, axis=0), mask=cols < C)
 
@@ -243,7 +246,7 @@ def gated_sums(
     dz * s'(b), s'(b), and both times the normalised x. As b's gradient is (dz * gate + the mean's gradient) * s'(b),
     BatchNorm's sums follow from these once the mean's gradient is known, and x need not be read again for them.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     sample, split = program // splits, program % splits
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
@@ -257,7 +260,7 @@ def gated_sums(
     for first in range(split * chunk, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
         inside = (rows < stop) & (cols[None, :] < C)
-        at = (sample * pixels + rows) * C + cols[None, :]
+        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
         normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
         grad = tl.load(dz + at, mask=inside, other=0.0).to(ACC)
         s = activated(normal * w + b, ACT)
@@ -323,7 +326,7 @@ def norm_sums(
     for first in range(start, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
         inside = (rows < stop) & (cols[None, :] < C)
-        at = rows * C + cols[None, :]
+        at = rows.to(tl.int64) * C + cols[None, :]
         normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
         grad = output_gradient(dy, None, None, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
         grad = tl.where(inside, grad * slope(normal * w + b, ACT), 0.0)
@@ -358,13 +361,13 @@ def input_gradient(
     BC: tl.constexpr,
 ):
     """Write BatchNorm's input gradient, given the sums (2, C) of `norm_sums` over all `count` rows."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     plain = channel(sums, cols, C, ACC) / count
     times_x = channel(sums + C, cols, C, ACC) / count
     inside = (rows < M) & (cols[None, :] < C)
-    at = rows * C + cols[None, :]
+    at = rows.to(tl.int64) * C + cols[None, :]
     normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
     grad = output_gradient(dy, gate, shift, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
     grad *= slope(normal * w + b, ACT)
