@@ -38,6 +38,7 @@ from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
+from effnet_train.models.fused import check_possible
 from effnet_train.optim.ema import EMA
 
 BAD_IMAGES = "bad_images.txt"
@@ -170,6 +171,7 @@ def _state(
     cfg: DictConfig, data: Data, precision: str, session: Session, *, start: bool
 ) -> tuple[TrainState, nn.Module]:
     """Build what training changes, and the network to call on each batch; at a run's start, from `init_from`."""
+    check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
     if start and cfg.init_from is not None:  # a run that goes on has no more need of it

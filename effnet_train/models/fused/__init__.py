@@ -12,7 +12,6 @@ from torch import Tensor
 
 Fused = bool | str
 CHOICES: tuple[Fused, ...] = ("auto", True, False)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(fused: Fused) -> None:
@@ -21,10 +20,12 @@ def check_choice(fused: Fused) -> None:
         raise ValueError(f"fused={fused!r}: choose one of auto, true, false")
 
 
-def check_possible(fused: Fused, device: torch.device) -> None:
-    """Raise ValueError where the kernels are insisted on and cannot run on the device."""
+def check_possible(fused: Fused, device: torch.device, *, compiled: bool = False) -> None:
+    """Raise ValueError where the kernels are insisted on and cannot run on the device, or not in a compiled network."""
     if fused is not True or device.type == "meta":
         return
+    if compiled:
+        raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
     if find_spec("triton") is None:
         raise ValueError(
             "model.fused=true needs Triton, which is not here: pip install triton, or use model.fused=auto or false"
@@ -38,15 +39,16 @@ def check_possible(fused: Fused, device: torch.device) -> None:
 
 def runs(fused: Fused, x: Tensor) -> bool:
     """Say whether a training step on `x` goes through the kernels. Raises ValueError where it must and cannot."""
-    if fused is False:
-        return False
+    compiled = torch.compiler.is_compiling()
+    check_possible(fused, x.device, compiled=compiled)
+    return resolve(fused, x.device, compiled=compiled)
+
+
+def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
+    """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
     if fused == "auto":
-        possible = x.is_cuda and x.dtype in _DTYPES and find_spec("triton") is not None
-        return possible and not torch.compiler.is_compiling()
-    if torch.compiler.is_compiling():
-        raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
-    check_possible(fused, x.device)
-    return True
+        return device.type == "cuda" and not compiled and find_spec("triton") is not None
+    return bool(fused)
 
 
 def _interpreted() -> bool:

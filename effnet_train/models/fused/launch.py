@@ -5,7 +5,7 @@ touch, so that memory and traffic are counted from the same code that trains.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
 _PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 1024  # partial sums of a channel
+# Rows in a block of elements: as many as registers hold of what a kernel keeps for each.
+_BLOCK_ROWS: Mapping[str, int] = {"pointwise": 32, "sums": 64, "many sums": 32, "kernel rows": 16}
 
 
 class Padding(NamedTuple):
@@ -83,8 +85,8 @@ class _Split(NamedTuple):
         return {"BM": self.BM, "BC": self.BC}
 
 
-def _split(rows: int, channels: int, *, block: int = 64, most_columns: int = 32) -> _Split:
-    columns = _columns(channels, most_columns)
+def _split(rows: int, channels: int, *, kind: str = "sums") -> _Split:
+    block, columns = _BLOCK_ROWS[kind], _columns(channels, 32)
     tiles = math.ceil(rows / block)
     programs = min(tiles, _MOST_PARTS, max(1, _PROGRAMS // math.ceil(channels / columns)))
     chunk = math.ceil(tiles / programs) * block
@@ -93,7 +95,7 @@ def _split(rows: int, channels: int, *, block: int = 64, most_columns: int = 32)
 
 def _sample_split(samples: int, pixels: int, channels: int) -> _Split:
     """Divide the pixels of each sample; `programs` is of one sample."""
-    block, columns = 32, _columns(channels, 32)
+    block, columns = _BLOCK_ROWS["many sums"], _columns(channels, 32)
     tiles = math.ceil(pixels / block)
     programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
     chunk = math.ceil(tiles / programs) * block
@@ -106,7 +108,7 @@ def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int, int]:
 
 def _pointwise(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     rows, channels = _rows(x), x.shape[1]
-    blocks = {"BM": 32, "BC": _columns(channels, 128)}
+    blocks = {"BM": _BLOCK_ROWS["pointwise"], "BC": _columns(channels, 128)}
     return (math.ceil(rows / blocks["BM"]), math.ceil(channels / blocks["BC"])), blocks
 
 
@@ -245,7 +247,7 @@ def depthwise_input_gradient(
     They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
     """
     channels = x.shape[1]
-    split = _split(_rows(x), channels, block=32)
+    split = _split(_rows(x), channels, kind="many sums")
     normed = affine[0] is not None
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
@@ -259,7 +261,7 @@ def depthwise_input_gradient(
 def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Padding) -> Tensor:
     """Return the gradient of the weights, in their shape (C, 1, K, K)."""
     channels, kernel = a.shape[1], padding.kernel
-    split = _split(_rows(dy), channels, block=16)
+    split = _split(_rows(dy), channels, kind="kernel rows")
     partial = a.new_empty(kernel * kernel, split.programs, channels, dtype=accumulator(a))
     sizes = (_rows(dy), channels, *_geometry(a, dy, padding), split.chunk, split.programs)
     lanes = 1 << (kernel - 1).bit_length()
