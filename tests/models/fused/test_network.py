@@ -76,10 +76,10 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("large_blocks")
-def test_two_steps(device: torch.device, checkpointing: bool) -> None:
+def test_a_step(device: torch.device, checkpointing: bool) -> None:
     model = {"size": 16, "width": 0.25, "depth": 0.25, "drop_connect": 0.5, "bn_momentum": 0.1}
     (plain, expected), (fused, losses) = (
-        trained(device, steps=2, dtype=torch.float64, fused=choice, checkpointing=checkpointing and choice, **model)
+        trained(device, steps=1, dtype=torch.float64, fused=choice, checkpointing=checkpointing and choice, **model)
         for choice in (False, True)
     )
     assert losses == pytest.approx(expected, rel=1e-6)
