@@ -14,6 +14,7 @@ from effnet_train.cli import build, run_folder
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
+from effnet_train.engine.graph import check_graph
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Stepper
@@ -32,6 +33,8 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     ranks = resolve_ranks(cfg.ranks, device)
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
+    if cfg.cuda_graph:
+        check_graph(Session(0, ranks, session.device), precision=cfg.precision, on_nan=cfg.on_nan, compiled=cfg.compile)
     check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     Checkpoints(folder, **cfg.checkpoint)
     precision = build.resolve_precision(cfg.precision, session.device)

@@ -19,6 +19,7 @@ from effnet_train.engine.checkpoint import write_bytes
 FREE = (
     "accumulate",
     "checkpoint",
+    "cuda_graph",
     "data.cache",
     "data.copy",
     "data.on_error",

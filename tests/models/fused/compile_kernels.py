@@ -16,6 +16,7 @@ from effnet_train.models.efficientnet import MBConv
 from effnet_train.models.fused import launch
 from effnet_train.models.layers import Style
 from effnet_train.models.scaling import Stage
+from effnet_train.optim import one_pass_kernel
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 FEW = [(Stage(5, 2, 6, 24, 40, 1), 0.25, "swish"), (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish")]
@@ -57,6 +58,10 @@ def main(capability: int, kinds: str) -> None:
                     part.conv.to(torch.bfloat16)
             x = torch.empty(8, shape.in_channels, 28, 28, dtype=torch.bfloat16, requires_grad=True)
             block(x, torch.empty(8)).sum().backward()
+    pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
+    scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
+    signature = {**pointers, **scalars, "BLOCK": "constexpr"}
+    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024})
     target = GPUTarget("cuda", capability, 32)
     print(json.dumps({name: len(triton.compile(call, target=target).asm["cubin"]) for name, call in calls.items()}))
 
