@@ -45,11 +45,12 @@ def _moved(model: nn.Module, resolution: int, count: int, dtype: torch.dtype) ->
     for name, _ in model.named_parameters():
         state[name].requires_grad_()
     images = torch.empty(count, 3, resolution, resolution, device="meta", dtype=dtype)
+    images = images.to(memory_format=torch.channels_last)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
         with _Bytes() as total:
-            functional_call(model, state, images.to(memory_format=torch.channels_last)).sum().backward()
+            functional_call(model, state, images).sum().backward()
     finally:
         for module, mode in modes:
             module.training = mode

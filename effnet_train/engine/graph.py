@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +53,17 @@ class Memory:
 
     def __init__(self) -> None:
         self.eager = _EAGER_STEPS
-        self.inputs: tuple[Tensor, ...] = ()
+        self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self.scalars: dict[str, Tensor] = {}
         self._graphs: dict[str, Callable[[], None]] = {}
 
-    def take(self, inputs: tuple[Tensor, ...]) -> None:
-        """Put a micro-batch where the graphs read it."""
-        if not self.inputs:
-            self.inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
-        for own, tensor in zip(self.inputs, inputs, strict=True):
+    def take(self, images: Tensor, targets: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put a micro-batch where the graphs read it, and return it from there."""
+        if self.inputs is None:
+            self.inputs = torch.empty_like(images), torch.empty_like(targets), torch.empty_like(keys)
+        for own, tensor in zip(self.inputs, (images, targets, keys), strict=True):
             own.copy_(tensor)
+        return self.inputs
 
     def run(self, name: str, work: Callable[[], None]) -> None:
         """Do the work: by its graph, which is made first where it is time."""
@@ -96,10 +98,11 @@ class GraphStepper(Stepper):
         for name, value in (("number", state.step + 1), ("lr", lr), ("follow", follow)):
             memory.scalars[name].fill_(value)
         for part in batch:
-            memory.take(self.inputs(part))
-            memory.run("learn", lambda: self.learn(state, *memory.inputs, memory.scalars["number"]))
+            images, targets, keys = memory.take(*self.inputs(part))
+            number = memory.scalars["number"]
+            memory.run("learn", partial(self.learn, state, images, targets, keys, number))
             state.statistics[3] += len(part.errors)
-        memory.run("update", lambda: self._update(state))
+        memory.run("update", partial(self._update, state))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         self.update.count()

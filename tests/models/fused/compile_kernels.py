@@ -19,8 +19,10 @@ from effnet_train.models.scaling import Stage
 from effnet_train.optim import one_pass_kernel
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-FEW = [(Stage(5, 2, 6, 24, 40, 1), 0.25, "swish"), (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish")]
+FEW = [(Stage(5, 1, 6, 24, 24, 1), 0.25, "swish")]
 MORE = [
+    (Stage(5, 2, 6, 24, 40, 1), 0.25, "swish"),
+    (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish"),
     (Stage(3, 1, 1, 32, 16, 1), 0.25, "swish"),
     (Stage(3, 2, 6, 16, 24, 1), 0.25, "swish"),
     (Stage(5, 1, 6, 192, 192, 1), 0.25, "swish"),
