@@ -5,6 +5,7 @@ insists on it, `False` never does. On a CPU they run under Triton's interpreter 
 """
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +13,12 @@ from torch import Tensor
 
 Fused = bool | str
 CHOICES: tuple[Fused, ...] = ("auto", True, False)
+
+
+@cache
+def installed() -> bool:
+    """Say whether Triton is there."""
+    return find_spec("triton") is not None
 
 
 def check_choice(fused: Fused) -> None:
@@ -26,7 +33,7 @@ def check_possible(fused: Fused, device: torch.device, *, compiled: bool = False
         return
     if compiled:
         raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
-    if find_spec("triton") is None:
+    if not installed():
         raise ValueError(
             "model.fused=true needs Triton, which is not here: pip install triton, or use model.fused=auto or false"
         )
@@ -47,7 +54,7 @@ def runs(fused: Fused, x: Tensor) -> bool:
 def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
     """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
     if fused == "auto":
-        return device.type == "cuda" and not compiled and find_spec("triton") is not None
+        return device.type == "cuda" and not compiled and installed()
     return bool(fused)
 
 

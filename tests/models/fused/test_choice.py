@@ -1,7 +1,5 @@
 """When the kernels run, and what is said where they cannot."""
 
-import sys
-
 import pytest
 import torch
 
@@ -35,8 +33,7 @@ def test_insisting_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    monkeypatch.setattr(fused, "installed", lambda: False)
     assert not fused.resolve("auto", CUDA)
     with pytest.raises(ValueError, match=r"model\.fused=true needs Triton, which is not here: pip install triton"):
         fused.check_possible(True, CUDA)

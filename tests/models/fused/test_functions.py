@@ -150,20 +150,6 @@ def test_frozen_statistics_stay(device: torch.device) -> None:
     torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
 
 
-def test_statistics_shared_by_ranks(device: torch.device) -> None:
-    """Of two ranks that hold the same, all sums are twice one's own."""
-    block = randomised(MBConv(Stage(3, 1, 2, 4, 4, 1), se_ratio=0.25, rate=0.0, style=Style()), device)
-    for norm in block.modules():
-        if isinstance(norm, BatchNorm2d):
-            norm.reduce_statistics = doubled
-    fused = copy.deepcopy(block)
-    assert_same(block, fused, numbers(2, 4, 5, 4, device=device), lambda m, t: run_block(m, t, fused=m is fused))
-
-
-def doubled(tensor: Tensor) -> Tensor:
-    return 2 * tensor
-
-
 # --- depthwise convolution
 
 
