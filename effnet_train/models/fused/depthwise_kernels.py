@@ -1,7 +1,7 @@
 """Triton kernels of depthwise convolutions over tensors that lie as (N, H, W, C), with any padding and no copy for it.
 
 As in `norm_kernels`, nothing is added atomically. `top` and `left` are the padding before the first pixel; what is
-after the last follows from the output's size. Weights are (C, K * K), as torch has them.
+after the last follows from the output's size. Weights are (K * K, C), so that they are read in rows as pixels are.
 """
 
 import triton
@@ -58,7 +58,7 @@ def forward(
             for dj in tl.static_range(K):
                 seen = in_row & (column + dj >= 0) & (column + dj < width)
                 value = tl.load(x + at + (di * width + dj) * C, mask=seen, other=0.0).to(ACC)
-                total += value * tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0)[None, :]
+                total += value * tl.load(weight + (di * K + dj) * C + cols, mask=cols < C, other=0.0)[None, :]
         stored = total.to(y.dtype.element_ty)
         tl.store(y + rows.to(tl.int64) * C + cols[None, :], stored, mask=inside)
         # Of what was stored, not of what was computed: that is what will be normalised.
@@ -121,7 +121,7 @@ def input_gradient(
                 j = beside // STRIDE
                 seen = in_row & (beside >= 0) & (beside % STRIDE == 0) & (j < out_width)
                 value = tl.load(dy + (at_row + j) * C + cols[None, :], mask=seen, other=0.0).to(ACC)
-                grad += value * tl.load(weight + cols * (K * K) + di * K + dj, mask=cols < C, other=0.0)[None, :]
+                grad += value * tl.load(weight + (di * K + dj) * C + cols, mask=cols < C, other=0.0)[None, :]
         own = rows.to(tl.int64) * C + cols[None, :]
         if x is not None:
             mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)

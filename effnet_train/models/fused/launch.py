@@ -226,6 +226,11 @@ def _geometry(x: Tensor, y: Tensor, padding: Padding) -> tuple[int, ...]:
     return *x.shape[2:], *y.shape[2:], padding.top, padding.left
 
 
+def _as_rows(weight: Tensor) -> Tensor:
+    """Return a depthwise convolution's weights (C, 1, K, K) as (K * K, C)."""
+    return weight.flatten(1).T.contiguous()
+
+
 def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
     """Return the convolution, and the moments of its parts as `moments` gives them."""
     samples, channels = x.shape[:2]
@@ -234,8 +239,10 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     split = _split(_rows(y), channels)
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
     sizes = (_rows(y), channels, *_geometry(x, y, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks}
-    _launch(depthwise_kernels.forward, _grid(split, channels), x, weight, y, partial, *sizes, **constants)
+    # In the parts that `finish_moments` expects, of smaller blocks.
+    blocks = {"BM": _BLOCK_ROWS["many sums"], "BC": split.BC}
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **blocks}
+    _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
     return y, partial
 
 
@@ -253,7 +260,7 @@ def depthwise_input_gradient(
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
     sizes = (_rows(x), channels, *_geometry(x, dy, padding), split.chunk, split.programs)
     constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
-    arguments = (dy, weight, x if normed else None, *affine, dx, a, partial)
+    arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
     _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
     return dx, a, None if partial is None else add_rows(partial)
 
