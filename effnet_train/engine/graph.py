@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,24 @@ def check_graph(session: Session, *, precision: str, on_nan: str, compiled: bool
         raise ValueError(f"cuda_graph=true cannot be: {'; '.join(reasons)}. Change that, or use cuda_graph=false")
 
 
+@cache
+def _stream() -> torch.cuda.Stream:
+    """Return the one stream for all that: each has memory of its own that it does not give back."""
+    return torch.cuda.Stream()
+
+
 def captured(run: Callable[[], None]) -> Callable[[], None]:
     """Return what repeats `run`, captured now and not executed, on the same memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, which fetch batches and write checkpoints, may go on meanwhile.
+    with torch.cuda.graph(graph, stream=_stream(), capture_error_mode="thread_local"):
         run()
     return graph.replay
 
 
 def aside(run: Callable[[], None]) -> None:
-    """Execute `run` in a stream of its own, as capturing wants it done before."""
-    stream = torch.cuda.Stream()
+    """Execute `run` in the stream that will capture it, as that wants it done before."""
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()

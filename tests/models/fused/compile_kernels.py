@@ -19,14 +19,17 @@ from effnet_train.models.scaling import Stage
 from effnet_train.optim import one_pass_kernel
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-FEW = [(Stage(5, 1, 6, 24, 24, 1), 0.25, "swish")]
+# Shape, squeeze-excite, activation and resolution. A number that is 1 is built into a kernel.
+FEW = [(Stage(5, 1, 6, 24, 24, 1), 0.25, "swish", 28)]
 MORE = [
-    (Stage(5, 2, 6, 24, 40, 1), 0.25, "swish"),
-    (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish"),
-    (Stage(3, 1, 1, 32, 16, 1), 0.25, "swish"),
-    (Stage(3, 2, 6, 16, 24, 1), 0.25, "swish"),
-    (Stage(5, 1, 6, 192, 192, 1), 0.25, "swish"),
-    (Stage(3, 1, 6, 24, 24, 1), 0.0, "relu6"),
+    (Stage(5, 2, 6, 24, 40, 1), 0.25, "swish", 28),
+    (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish", 28),
+    (Stage(3, 1, 1, 32, 16, 1), 0.25, "swish", 28),
+    (Stage(3, 2, 6, 16, 24, 1), 0.25, "swish", 28),
+    (Stage(5, 1, 6, 192, 192, 1), 0.25, "swish", 28),
+    (Stage(3, 1, 6, 24, 24, 1), 0.0, "relu6", 28),
+    (Stage(3, 2, 6, 16, 24, 1), 0.25, "swish", 2),
+    (Stage(5, 1, 6, 16, 16, 1), 0.25, "swish", 1),
 ]
 
 
@@ -51,14 +54,14 @@ def record(calls: dict[str, ASTSource], kernel: Any, *arguments: Any, **constant
 def main(capability: int, kinds: str) -> None:
     calls: dict[str, ASTSource] = {}
     launch._launch = lambda kernel, grid, *arguments, **constants: record(calls, kernel, *arguments, **constants)
-    for shape, se_ratio, activation in FEW if kinds == "few" else [*FEW, *MORE]:
+    for shape, se_ratio, activation, size in FEW if kinds == "few" else [*FEW, *MORE]:
         style = Style(activation=activation, fused=True)
         with torch.device("meta"):
             block = MBConv(shape, se_ratio=se_ratio, rate=0.2, style=style).train()
             for part in (block.expand, block.project):
                 if not isinstance(part, torch.nn.Identity):
                     part.conv.to(torch.bfloat16)
-            x = torch.empty(8, shape.in_channels, 28, 28, dtype=torch.bfloat16, requires_grad=True)
+            x = torch.empty(8, shape.in_channels, size, size, dtype=torch.bfloat16, requires_grad=True)
             block(x, torch.empty(8)).sum().backward()
     pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
     scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
