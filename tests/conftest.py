@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,9 @@ from PIL import Image
 
 # Before torch is imported here or in a command: two threads for tiny layers on two busy cores cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is imported: its kernels are interpreted on the CPU, except in tests of a GPU. Workers inherit it.
+_ON_GPU = re.search(r"-m ?(slow and )?gpu", " ".join(sys.argv))
+os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
 
 # Width, height, PIL's mode, file name.
 IMAGES = (

@@ -12,7 +12,7 @@ DIMENSIONS = ("depth", "width", "resolution")
 METHODS = (*DIMENSIONS, "compound")
 # What differs between the members of a family: the dimensions, and what is regularised more in a larger network.
 _SCALED = (
-    *(f"model.{key}" for key in (*DIMENSIONS, "dropout", "drop_connect", "checkpointing")),
+    *(f"model.{key}" for key in (*DIMENSIONS, "dropout", "drop_connect", "checkpointing", "fused")),
     "data.preprocess.resolution",
 )
 # What somebody scaled is dearer by so much; of candidates on one budget two may differ in one dimension, but by less.

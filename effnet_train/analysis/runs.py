@@ -16,7 +16,7 @@ from effnet_train.engine.train import whole_steps
 # Classes and training images of a complete copy; those of the paper's other data sets stand in its Table 6.
 IMAGENET = ("ImageNet", 1000, 1281167)
 # What of a model's configuration changes neither its parameters nor its multiply-adds.
-_NO_SHAPE = ("dropout", "drop_connect", "bn_eps", "bn_momentum", "checkpointing", "padding", "num_classes")
+_NO_SHAPE = ("dropout", "drop_connect", "bn_eps", "bn_momentum", "checkpointing", "fused", "padding", "num_classes")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import Weights, load_weights
 from effnet_train.engine.every import Every
 from effnet_train.engine.train import Plan
+from effnet_train.models.fused import resolve
 from effnet_train.models.surgery import with_classifier_of
 from effnet_train.optim.param_groups import param_groups
 
@@ -58,6 +59,15 @@ def build_data(cfg: DictConfig | Mapping[str, Any], session: Session, *, whole: 
 def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Module:
     """Build the model of a configuration for `num_classes` classes."""
     return instantiate(cfg, num_classes=num_classes, _convert_="all")
+
+
+def meta_model(cfg: DictConfig, num_classes: int, device: torch.device) -> nn.Module:
+    """Build the model without numbers, to count with, as it would train on the device: also what `auto` comes to."""
+    part = cfg.model.copy()
+    if "fused" in part:
+        part.fused = resolve(part.fused, device, compiled=cfg.compile)
+    with torch.device("meta"):
+        return build_model(part, num_classes)
 
 
 def check_targets(meta: Mapping[str, Any], source: str) -> None:
@@ -168,8 +178,7 @@ def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classe
         return cfg.accumulate
     if device.type != "cuda":
         return 1
-    with torch.device("meta"):
-        model = build_model(cfg.model, classes)
+    model = meta_model(cfg, classes, device)
     size, width = cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
     few, more = (training_memory(model, size, count, activation_bytes=width) for count in (2, 4))
     per_image, fixed = (more - few) / 2, 2 * few - more

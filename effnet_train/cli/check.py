@@ -30,7 +30,7 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
     **dict.fromkeys(("epochs", "ema_decay"), float),
-    **dict.fromkeys(("compile", "deterministic", "dry_run", "new_classifier"), bool),
+    **dict.fromkeys(("compile", "cuda_graph", "deterministic", "dry_run", "new_classifier"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
     "on_nan": Literal["stop", "skip", "rollback"],

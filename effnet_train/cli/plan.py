@@ -14,9 +14,11 @@ from effnet_train.cli import build, run_folder
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
+from effnet_train.engine.graph import check_graph
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Stepper
+from effnet_train.models.fused import check_possible
 from effnet_train.optim.ema import EMA
 
 # A step that takes longer than this is measured on no more images.
@@ -31,6 +33,9 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     ranks = resolve_ranks(cfg.ranks, device)
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
+    if cfg.cuda_graph:
+        check_graph(Session(0, ranks, session.device), precision=cfg.precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+    check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     Checkpoints(folder, **cfg.checkpoint)
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = counts(cfg.data)
@@ -40,8 +45,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     plan = build.build_plan(cfg, images)
-    with torch.device("meta"):
-        meta_model = build.build_model(cfg.model, classes)
+    meta_model = build.meta_model(cfg, classes, session.device)
     size = cfg.data.preprocess.resolution
     cost = complexity(meta_model, size)
     accumulate = build.resolve_accumulate(cfg, ranks, session.device, classes, precision)

@@ -19,6 +19,7 @@ from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
+from effnet_train.data.mixing import Mixing
 from effnet_train.data.order import Order
 from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
@@ -33,12 +34,15 @@ from effnet_train.engine.checkpoint import (
 from effnet_train.engine.evaluate import evaluate
 from effnet_train.engine.faults import Faults, RollBackError, passed_over
 from effnet_train.engine.faults import read as read_faults
+from effnet_train.engine.graph import GraphStepper, check_graph
 from effnet_train.engine.loggers import Logger
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
+from effnet_train.models.fused import check_possible
 from effnet_train.optim.ema import EMA
+from effnet_train.optim.one_pass import OnePass
 
 BAD_IMAGES = "bad_images.txt"
 
@@ -69,6 +73,7 @@ def prepare(
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
+    step = _stepper(cfg, state, network, loss, mixing, data, precision, session)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
@@ -82,18 +87,6 @@ def prepare(
     made_with = provenance(session.device)
     loggers = _open_loggers({**config, "provenance": made_with}, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
-    step = Stepper(
-        network=network,
-        loss=loss,
-        preprocess=data.preprocess,
-        num_classes=len(data.classes),
-        precision=precision,
-        accumulate=cfg.accumulate,
-        clip_norm=cfg.clip_norm,
-        mixing=mixing,
-        skip_bad=cfg.on_nan == "skip",
-        session=session,
-    )
     run = Run(
         state=state,
         plan=plan,
@@ -109,6 +102,35 @@ def prepare(
         session=session,
     )
     return run, partial(_finish, run, data, score)
+
+
+def _stepper(
+    cfg: DictConfig,
+    state: TrainState,
+    network: nn.Module,
+    loss: nn.Module,
+    mixing: Mixing,
+    data: Data,
+    precision: str,
+    session: Session,
+) -> Stepper:
+    """Return the step; as CUDA graphs, where that is asked for. Raises ValueError where it cannot be."""
+    parts: dict[str, Any] = {
+        "network": network,
+        "loss": loss,
+        "preprocess": data.preprocess,
+        "num_classes": len(data.classes),
+        "precision": precision,
+        "accumulate": cfg.accumulate,
+        "clip_norm": cfg.clip_norm,
+        "mixing": mixing,
+        "skip_bad": cfg.on_nan == "skip",
+        "session": session,
+    }
+    if not cfg.cuda_graph:
+        return Stepper(**parts)
+    check_graph(session, precision=precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+    return GraphStepper(**parts, update=OnePass(state.optimizer, state.ema))
 
 
 def _newest(checkpoints: Checkpoints, config: dict[str, Any], session: Session) -> dict[str, Any] | None:
@@ -170,6 +192,7 @@ def _state(
     cfg: DictConfig, data: Data, precision: str, session: Session, *, start: bool
 ) -> tuple[TrainState, nn.Module]:
     """Build what training changes, and the network to call on each batch; at a run's start, from `init_from`."""
+    check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
     if start and cfg.init_from is not None:  # a run that goes on has no more need of it

@@ -19,6 +19,7 @@ from effnet_train.engine.checkpoint import write_bytes
 FREE = (
     "accumulate",
     "checkpoint",
+    "cuda_graph",
     "data.cache",
     "data.copy",
     "data.on_error",
@@ -32,6 +33,7 @@ FREE = (
     "max_restarts",
     "max_steps",
     "model.checkpointing",
+    "model.fused",
     "name",
     "new_classifier",
     "on_nan",

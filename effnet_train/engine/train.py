@@ -145,27 +145,35 @@ class Stepper:
         state.statistics.copy_(statistics)
 
     def _backward(self, state: TrainState, part: Batch) -> None:
+        self.learn(state, *self.inputs(part), float(state.step + 1))
+        state.statistics[3] += len(part.errors)
+
+    def inputs(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a micro-batch's images, targets and keys on the device."""
         device = self.session.device
         images = normalize(part.images.to(device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
         labels = part.labels.to(device, non_blocking=True)
         images, targets = self.mixing(images, labels, part.keys, self.num_classes)
-        with autocast(device, self.precision):
-            logits = self.network(images, part.keys.to(device, non_blocking=True))
+        return images, targets, part.keys.to(device, non_blocking=True)
+
+    def learn(self, state: TrainState, images: Tensor, targets: Tensor, keys: Tensor, number: float | Tensor) -> None:
+        """Add a micro-batch of step `number` (the first is 1) to gradients and statistics."""
+        with autocast(self.session.device, self.precision):
+            logits = self.network(images, keys)
             loss = self.loss(logits, targets)
         state.scaler.scale(loss / self.accumulate).backward()
         with torch.no_grad():
-            add_statistics(state.statistics, loss, logits, targets, state.step + 1)
-            state.statistics[3] += len(part.errors)
+            add_statistics(state.statistics, loss, logits, targets, number)
 
 
-def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
+def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step: float | Tensor) -> None:
     """Add one micro-batch of step `step` (the first is 1) to the sums of `no_statistics`, in place.
 
     The host does not wait for the device.
     """
     labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
     count = torch.full_like(loss, len(labels))
-    bad_step = torch.where(loss.isfinite(), torch.inf, float(step))
+    bad_step = torch.where(loss.isfinite(), torch.inf, step)
     sums = torch.stack([loss * count, hits(logits, labels, 1).to(loss.dtype), count])
     statistics[:3] += sums
     statistics[4] = torch.minimum(statistics[4], bad_step)

@@ -1,7 +1,10 @@
 """EfficientNet and EfficientNet-Lite: one constructor, any width, depth and resolution."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
+from effnet_train.models import fused as kernels
 from effnet_train.models.layers import ConvNorm, SqueezeExcite, Style
 from effnet_train.models.network import Block, Network, initialise, stack
 from effnet_train.models.scaling import EFFICIENTNET_B0, Stage, round_channels, scale
@@ -14,6 +17,7 @@ class MBConv(Block):
 
     def __init__(self, shape: Stage, *, se_ratio: float, rate: float, style: Style) -> None:
         super().__init__(shape, rate=rate, skip=shape.stride == 1 and shape.in_channels == shape.out_channels)
+        self.fused = style.fused
         expanded = shape.in_channels * shape.expand_ratio
         self.expand = ConvNorm(shape.in_channels, expanded, style=style) if shape.expand_ratio > 1 else nn.Identity()
         self.depthwise = ConvNorm(
@@ -33,13 +37,23 @@ class MBConv(Block):
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
         return self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
 
+    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Map as `Block` does; in training by fused kernels, where they run."""
+        if not (self.training and kernels.runs(self.fused, x)):
+            return super().forward(x, u)
+        from effnet_train.models.fused.layers import block
+
+        parts = self.expand, self.depthwise, self.squeeze_excite, self.project
+        return block(*parts, x, skip=self.skip, u=u, rate=0.0 if u is None else self.rate)
+
 
 class EfficientNet(Network):
     """Classify images with the baseline's stages scaled in width and depth.
 
     `fixed_ends` is Lite's: stem and head keep their width, the first and the last stage their depth.
     `drop_connect` is the rate that the last block would have at a depth one larger: block i of N has i / N of it.
-    `checkpointing` saves memory by computing every block a second time in the backward pass.
+    `checkpointing` saves memory by computing every block a second time in the backward pass. `fused` asks for the
+    kernels of `models.fused`.
 
     Raises: ValueError naming the argument, for any that is out of range.
     """
@@ -60,6 +74,7 @@ class EfficientNet(Network):
         bn_eps: float = 1e-3,
         bn_momentum: float = 0.01,
         checkpointing: bool = False,
+        fused: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(
             resolution=resolution,
@@ -70,7 +85,7 @@ class EfficientNet(Network):
         )
         if not 0 <= se_ratio <= 1:
             raise ValueError(f"se_ratio={se_ratio} must lie between 0 (no squeeze-excite) and 1")
-        style = Style(activation=activation, padding=padding, bn_eps=bn_eps, bn_momentum=bn_momentum)
+        style = Style(activation=activation, padding=padding, bn_eps=bn_eps, bn_momentum=bn_momentum, fused=fused)
         stages = scale(EFFICIENTNET_B0, width, depth, fixed_ends=fixed_ends)
         head_channels = round_channels(HEAD_CHANNELS, 1 if fixed_ends else width)
 

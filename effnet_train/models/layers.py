@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from effnet_train.models import fused as kernels
+
 # Constants of splitmix64 (Steele, Lea & Flood 2014) as signed 64-bit integers.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -84,13 +86,18 @@ class Conv2d(nn.Conv2d):
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
         if not self.same:
             return super().forward(x)
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        top, bottom = _same_padding(x.shape[-2], kernel, stride)
-        left, right = _same_padding(x.shape[-1], kernel, stride)
+        (top, bottom), (left, right) = self.padding_of(x)
         if top == bottom and left == right:
             return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
         x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def padding_of(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the pixels added above and below `x`, and on its left and right."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        if not self.same:
+            return (kernel // 2, kernel // 2), (kernel // 2, kernel // 2)
+        return _same_padding(x.shape[-2], kernel, stride), _same_padding(x.shape[-1], kernel, stride)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -181,14 +188,16 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Style:
-    """Say what the convolutions of one network have in common."""
+    """Say what the convolutions of one network have in common; `fused` is whether `models.fused` trains them."""
 
     activation: str = "swish"
     padding: str = "same"
     bn_eps: float = 1e-3
     bn_momentum: float = 0.01
+    fused: kernels.Fused = False
 
     def __post_init__(self) -> None:
+        kernels.check_choice(self.fused)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
 
@@ -220,6 +229,15 @@ class ConvNorm(nn.Sequential):
         self.norm = BatchNorm2d(out_channels, eps=style.bn_eps, momentum=style.bn_momentum)
         if activate:
             self.act = style.make_activation()
+        self.fused = style.fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
+        if not (self.training and kernels.runs(self.fused, x)):
+            return super().forward(x)
+        from effnet_train.models.fused.layers import conv_norm
+
+        return conv_norm(self, x)
 
 
 class SqueezeExcite(nn.Module):

@@ -33,6 +33,10 @@ class EMA:
         """Move the averages towards the model, after optimizer step `step` (counted from 1)."""
         torch._foreach_lerp_(self._averages, self._sources, 1.0 - ema_decay(step, self.decay))
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return every average with what it follows: parameters, then BatchNorm's statistics."""
+        return list(zip(self._averages, self._sources, strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, named as the model's own."""
         return self.module.state_dict()

@@ -1,0 +1,62 @@
+"""GPU kernels behind the same layers, in Triton, which is imported only where they run.
+
+`fused` is a network's argument: `auto` uses the kernels where it trains on a CUDA device and Triton is there, `True`
+insists on it, `False` never does. On a CPU they run under Triton's interpreter alone, which is for tests.
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+Fused = bool | str
+CHOICES: tuple[Fused, ...] = ("auto", True, False)
+
+
+@cache
+def installed() -> bool:
+    """Say whether Triton is there."""
+    return find_spec("triton") is not None
+
+
+def check_choice(fused: Fused) -> None:
+    """Raise ValueError where `fused` is none of the choices."""
+    if not any(fused is choice or (isinstance(fused, str) and fused == choice) for choice in CHOICES):
+        raise ValueError(f"fused={fused!r}: choose one of auto, true, false")
+
+
+def check_possible(fused: Fused, device: torch.device, *, compiled: bool = False) -> None:
+    """Raise ValueError where the kernels are insisted on and cannot run on the device, or not in a compiled network."""
+    if fused is not True or device.type == "meta":
+        return
+    if compiled:
+        raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
+    if not installed():
+        raise ValueError(
+            "model.fused=true needs Triton, which is not here: pip install triton, or use model.fused=auto or false"
+        )
+    if device.type != "cuda" and not _interpreted():
+        raise ValueError(
+            f"model.fused=true needs a CUDA device, and this is {device.type}: use device=cuda, "
+            "or model.fused=auto or false"
+        )
+
+
+def runs(fused: Fused, x: Tensor) -> bool:
+    """Say whether a training step on `x` goes through the kernels. Raises ValueError where it must and cannot."""
+    compiled = torch.compiler.is_compiling()
+    check_possible(fused, x.device, compiled=compiled)
+    return resolve(fused, x.device, compiled=compiled)
+
+
+def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
+    """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
+    if fused == "auto":
+        return device.type == "cuda" and not compiled and installed()
+    return bool(fused)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

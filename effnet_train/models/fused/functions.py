@@ -1,0 +1,224 @@
+"""Differentiable pieces of a block that keep the convolutions' outputs alone, and compute the rest of them again.
+
+Gradients of a BatchNorm: with b its output and n its normalised input, both of the sums of db and of db * n give the
+gradients of bias and weight, and over all rows of the batch (of all ranks that share it) what its input's needs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from effnet_train.models.fused import launch
+from effnet_train.models.fused.launch import Drop, Padding
+from effnet_train.models.layers import ACTIVATIONS, BatchNorm2d
+
+NONE = "none"
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Gate(NamedTuple):
+    """Hold squeeze-excite's weights: those of both its layers, and its activation."""
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+
+    def __call__(self, means: Tensor, dtype: torch.dtype, act: str) -> Tensor:
+        """Map means (N, C) to gates (N, C) in (0, 1), computing in `dtype` as the plain layers would."""
+        squeezed = F.linear(means.to(dtype), self.reduce_weight.to(dtype).flatten(1), self.reduce_bias.to(dtype))
+        squeezed = ACTIVATIONS[act]()(squeezed)
+        gate = F.linear(squeezed, self.expand_weight.to(dtype).flatten(1), self.expand_bias.to(dtype))
+        return gate.to(means.dtype).sigmoid()
+
+
+def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
+    """Return mean, variance and 1 / deviation (3, C) of x and of what other ranks share; move the running ones."""
+    partial = launch.moments(x) if partial is None else partial
+    if norm.reduce_statistics is None:
+        return launch.finish_moments(partial, x, norm, norm.momentum)
+    mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
+    moments = torch.cat([mean, variance + mean.square(), mean.new_ones(1)]) * _rows(x)
+    total = norm.reduce_statistics(moments)
+    mean, square = (total[:-1] / total[-1]).chunk(2)
+    variance = (square - mean.square()).clamp(min=0)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def _over_all(sums: Tensor, x: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
+    """Return BatchNorm's sums over all rows that share its statistics, and the number of these; or means, and 1."""
+    if reduce is None:
+        return sums, _rows(x)
+    total = reduce(torch.cat([sums.flatten(), sums.new_full((1,), _rows(x))]))
+    return (total[:-1] / total[-1]).view_as(sums), 1
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """View (N, C, H, W), channels-last, as (N * H * W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _drop(u: Tensor | None, rate: float) -> Drop | None:
+    return None if u is None else Drop(u, rate)
+
+
+class NormAct(torch.autograd.Function):
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        u: Tensor | None,
+        norm: BatchNorm2d,
+        act: str,
+        rate: float,
+    ) -> Tensor:
+        x = _channels_last(x)
+        statistics = _statistics(x, norm)
+        ctx.save_for_backward(x, statistics, weight, bias, u)
+        ctx.rest = norm.reduce_statistics, act, rate, None if residual is None else residual.dtype
+        residual = None if residual is None else _channels_last(residual)
+        return launch.normalise(x, (statistics, weight, bias), act, gate=None, drop=_drop(u, rate), residual=residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, weight, bias, u = ctx.saved_tensors
+        reduce, act, rate, residual = ctx.rest
+        affine, drop = (statistics, weight, bias), _drop(u, rate)
+        dense = _channels_last(dy)
+        sums = launch.norm_sums(x, affine, act, dense, drop)
+        dx = launch.input_gradient(x, affine, act, dense, *_over_all(sums, x, reduce), drop=drop)
+        d_residual = None if residual is None else dy.to(residual)
+        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), d_residual, None, None, None, None
+
+
+class NormActDepthwise(torch.autograd.Function):
+    """Convolve act(BatchNorm(x)), or x itself without a norm, channel by channel; keep x.
+
+    The second result holds moments of the first, for the BatchNorm that follows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        norm: BatchNorm2d | None,
+        act: str,
+        padding: Padding,
+    ) -> tuple[Tensor, Tensor]:
+        x = _channels_last(x)
+        a, statistics, reduce = x, None, None
+        if norm is not None:
+            assert norm_weight is not None
+            assert norm_bias is not None
+            statistics, reduce = _statistics(x, norm), norm.reduce_statistics
+            affine = statistics, norm_weight, norm_bias
+            a = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
+        y, partial = launch.depthwise(a, weight, padding)
+        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight)
+        ctx.rest = reduce, act, padding
+        ctx.mark_non_differentiable(partial)
+        return y, partial
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, norm_weight, norm_bias, weight = ctx.saved_tensors
+        reduce, act, padding = ctx.rest
+        dy = _channels_last(dy)
+        affine = statistics, norm_weight, norm_bias
+        dx, a, sums = launch.depthwise_input_gradient(x, affine, act, dy, weight, padding)
+        d_weight = launch.depthwise_weight_gradient(x if a is None else a, dy, weight, padding)
+        if sums is None:
+            return dx, None, None, d_weight, None, None, None
+        del a
+        # `dx` has come through the activation already.
+        dx = launch.input_gradient(x, affine, NONE, dx, *_over_all(sums, x, reduce))
+        return dx, sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None
+
+
+class NormActProject(torch.autograd.Function):
+    """Project act(BatchNorm(x)) by a matrix, gated by squeeze-excite where `gate` holds its weights; keep x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        partial: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        norm: BatchNorm2d,
+        act: str,
+        *gate_weights: Tensor,
+    ) -> Tensor:
+        x = _channels_last(x)
+        affine = _statistics(x, norm, partial), norm_weight, norm_bias
+        means, gate = None, None
+        # Types are as autocast would have them: it has chosen that of x.
+        if gate_weights:
+            means = launch.pooled(x, affine, act)
+            gate = Gate(*gate_weights)(means, x.dtype, act)
+        z = launch.normalise(x, affine, act, gate=gate, drop=None, residual=None)
+        y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
+        ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, means, gate, *gate_weights)
+        ctx.rest = norm.reduce_statistics, act
+        return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, norm_weight, norm_bias, weight, means, gate, *gate_weights = ctx.saved_tensors
+        reduce, act = ctx.rest
+        affine = statistics, norm_weight, norm_bias
+        flat = _as_matrix(_channels_last(dy))
+        dz = (flat @ weight.to(x.dtype).flatten(1)).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        shift: Tensor | None = None
+        d_gate_weights: tuple[Tensor, ...] = ()
+        if gate is None:
+            z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
+            sums = launch.norm_sums(x, affine, act, dz, None)
+        else:
+            z, pixel_sums = launch.gated_sums(x, affine, act, gate, dz)
+            d_means, d_gate_weights = _gate_gradients(gate_weights, means, pixel_sums[0], x.dtype, act)
+            shift = d_means / (x.shape[2] * x.shape[3])
+            sums = torch.stack([(gate * pixel_sums[i] + shift * pixel_sums[i + 1]).sum(0) for i in (1, 3)])
+        d_weight = (flat.T @ _as_matrix(z)).view_as(weight).to(weight.dtype)
+        del z
+        over_all = _over_all(sums, x, reduce)
+        dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gate, shift=shift)
+        d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
+        return dx, None, *d_norm, d_weight, None, None, *d_gate_weights
+
+
+def _gate_gradients(
+    weights: Sequence[Tensor], means: Tensor, d_gate: Tensor, dtype: torch.dtype, act: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the gradients of squeeze-excite's input and of its weights: so little is computed again by autograd."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (means, *weights)]
+        gate = Gate(*leaves[1:])(leaves[0], dtype, act)
+        d_means, *d_weights = torch.autograd.grad(gate, leaves, d_gate)
+    return d_means, tuple(d_weights)

@@ -1,0 +1,278 @@
+"""Kernels called on tensors: sizes of programs, and buffers for what they leave.
+
+All tensors are channels-last. On the meta device nothing runs, but `traffic` is told which tensors a kernel would
+touch, so that memory and traffic are counted from the same code that trains.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_train.models.fused import depthwise_kernels, norm_kernels
+
+_PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
+_MOST_PARTS = 1024  # partial sums of a channel
+# Rows in a block of elements: as many as registers hold of what a kernel keeps for each.
+_BLOCK_ROWS: Mapping[str, int] = {"pointwise": 32, "sums": 64, "many sums": 32, "kernel rows": 16}
+
+
+class Padding(NamedTuple):
+    """Hold a depthwise convolution's kernel, stride, and padding above and on the left."""
+
+    kernel: int
+    stride: int
+    top: int
+    left: int
+
+
+class Drop(NamedTuple):
+    """Hold what drop connect draws for each sample (N,), and its rate."""
+
+    u: Tensor
+    rate: float
+
+
+@torch.library.custom_op("effnet_train::traffic", mutates_args=())
+def traffic(tensors: Sequence[Tensor]) -> None:
+    """Do nothing; who counts a pass on the meta device sees here the tensors that a kernel reads or writes once."""
+
+
+@traffic.register_fake
+def _(tensors: Sequence[Tensor]) -> None:
+    pass
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """Return what is computed in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if tensors[0].is_meta:
+        traffic(tensors)
+        return
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
+    kernel[grid](*arguments, **constants, ACC=acc)
+
+
+def _columns(channels: int, most: int) -> int:
+    """Return how many channels a program takes: as many as leave at most a tenth of its lanes idle."""
+    for block in (128, 64, 32):
+        if block <= most and math.ceil(channels / block) * block * 0.9 <= channels:
+            return block
+    return 16
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+class _Split(NamedTuple):
+    """Hold how a reduction over rows is divided: programs, rows of each, and blocks of rows and channels."""
+
+    programs: int
+    chunk: int
+    BM: int
+    BC: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BM": self.BM, "BC": self.BC}
+
+
+def _split(rows: int, channels: int, *, kind: str = "sums") -> _Split:
+    block, columns = _BLOCK_ROWS[kind], _columns(channels, 32)
+    tiles = math.ceil(rows / block)
+    programs = min(tiles, _MOST_PARTS, max(1, _PROGRAMS // math.ceil(channels / columns)))
+    chunk = math.ceil(tiles / programs) * block
+    return _Split(math.ceil(rows / chunk), chunk, block, columns)
+
+
+def _sample_split(samples: int, pixels: int, channels: int) -> _Split:
+    """Divide the pixels of each sample; `programs` is of one sample."""
+    block, columns = _BLOCK_ROWS["many sums"], _columns(channels, 32)
+    tiles = math.ceil(pixels / block)
+    programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
+    chunk = math.ceil(tiles / programs) * block
+    return _Split(math.ceil(pixels / chunk), chunk, block, columns)
+
+
+def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int, int]:
+    return samples * split.programs, math.ceil(channels / split.BC)
+
+
+def _pointwise(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    rows, channels = _rows(x), x.shape[1]
+    blocks = {"BM": _BLOCK_ROWS["pointwise"], "BC": _columns(channels, 128)}
+    return (math.ceil(rows / blocks["BM"]), math.ceil(channels / blocks["BC"])), blocks
+
+
+def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
+    """Add (K, rows, C) up to (K, C), times `scale`."""
+    count, rows, channels = partial.shape
+    out = partial.new_empty(count, channels)
+    block = 16 if rows <= 16 else 128
+    grid = (count, math.ceil(channels / 16))
+    _launch(norm_kernels.add_rows, grid, partial, out, rows, channels, scale, BR=block, BC=16)
+    return out
+
+
+def moments(x: Tensor) -> Tensor:
+    """Return the moments of parts of x's rows, (2, programs, C), for `finish_moments`."""
+    channels = x.shape[1]
+    split = _split(_rows(x), channels)
+    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
+    sizes = (_rows(x), channels, split.chunk, split.programs)
+    _launch(norm_kernels.moments, _grid(split, channels), x, partial, *sizes, **split.blocks)
+    return partial
+
+
+def finish_moments(partial: Tensor, x: Tensor, norm: torch.nn.Module, momentum: float) -> Tensor:
+    """Return mean, biased variance and 1 / deviation of x's channels, (3, C), from the moments of its parts.
+
+    With a `momentum` above 0 the running statistics of `norm` move.
+    """
+    channels = x.shape[1]
+    split = _split(_rows(x), channels)
+    statistics = partial.new_empty(3, channels)
+    _launch(
+        norm_kernels.finish_moments,
+        (math.ceil(channels / 16),),
+        *(partial, norm.running_mean, norm.running_var, statistics),
+        *(_rows(x), channels, split.chunk, split.programs),
+        EPS=norm.eps,
+        MOMENTUM=momentum,
+        BR=128 if split.programs > 16 else 16,
+        BC=16,
+    )
+    return statistics
+
+
+def normalise(
+    x: Tensor, affine: Sequence[Tensor], act: str, *, gate: Tensor | None, drop: Drop | None, residual: Tensor | None
+) -> Tensor:
+    """Return act(BatchNorm(x)), gated, dropped, plus the residual; `affine` is statistics, weight and bias."""
+    y = torch.empty_like(x)
+    grid, blocks = _pointwise(x)
+    u, rate = drop or (None, 0.0)
+    sizes = (_rows(x), x.shape[1], x.shape[2] * x.shape[3])
+    _launch(norm_kernels.normalise, grid, x, *affine, gate, residual, u, y, *sizes, rate, 1 - rate, ACT=act, **blocks)
+    return y
+
+
+def pooled(x: Tensor, affine: Sequence[Tensor], act: str) -> Tensor:
+    """Return the mean of act(BatchNorm(x)) over pixels, (N, C)."""
+    samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    split = _sample_split(samples, pixels, channels)
+    partial = x.new_empty(samples, split.programs, channels, dtype=accumulator(x))
+    sizes = (channels, pixels, split.chunk, split.programs)
+    grid = _grid(split, channels, samples)
+    _launch(norm_kernels.pool, grid, x, *affine, partial, *sizes, ACT=act, **split.blocks)
+    return add_rows(partial, 1 / pixels)
+
+
+def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gated activation anew, and the kernel's five sums over pixels, (5, N, C)."""
+    samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    split = _sample_split(samples, pixels, channels)
+    z = torch.empty_like(x)
+    partial = x.new_empty(5, samples, split.programs, channels, dtype=accumulator(x))
+    sizes = (samples, channels, pixels, split.chunk, split.programs)
+    grid = _grid(split, channels, samples)
+    _launch(norm_kernels.gated_sums, grid, x, *affine, gate, dz, z, partial, *sizes, ACT=act, **split.blocks)
+    return z, add_rows(partial.flatten(0, 1)).view(5, samples, channels)
+
+
+def norm_sums(x: Tensor, affine: Sequence[Tensor], act: str, dy: Tensor, drop: Drop | None) -> Tensor:
+    """Return the sums that BatchNorm's backward pass needs: the gradients of its bias and its weight, (2, C)."""
+    channels = x.shape[1]
+    split = _split(_rows(x), channels)
+    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
+    u, rate = drop or (None, 0.0)
+    sizes = (_rows(x), channels, x.shape[2] * x.shape[3], rate, 1 - rate, split.chunk, split.programs)
+    grid = _grid(split, channels)
+    _launch(norm_kernels.norm_sums, grid, x, *affine, dy, u, partial, *sizes, ACT=act, **split.blocks)
+    return add_rows(partial)
+
+
+def input_gradient(
+    x: Tensor,
+    affine: Sequence[Tensor],
+    act: str,
+    dy: Tensor,
+    sums: Tensor,
+    count: int,
+    *,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    drop: Drop | None = None,
+) -> Tensor:
+    """Return the gradient of BatchNorm's input from that of the activation's output, `dy * gate + shift`."""
+    dx = torch.empty_like(x)
+    grid, blocks = _pointwise(x)
+    u, rate = drop or (None, 0.0)
+    sizes = (_rows(x), x.shape[1], x.shape[2] * x.shape[3], rate, 1 - rate, count)
+    arguments = (x, *affine, dy, gate, shift, u, sums, dx)
+    _launch(norm_kernels.input_gradient, grid, *arguments, *sizes, ACT=act, **blocks)
+    return dx
+
+
+def _geometry(x: Tensor, y: Tensor, padding: Padding) -> tuple[int, ...]:
+    return *x.shape[2:], *y.shape[2:], padding.top, padding.left
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    """Return a depthwise convolution's weights (C, 1, K, K) as (K * K, C)."""
+    return weight.flatten(1).T.contiguous()
+
+
+def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+    """Return the convolution, and the moments of its parts as `moments` gives them."""
+    samples, channels = x.shape[:2]
+    height, width = (math.ceil(side / padding.stride) for side in x.shape[2:])
+    y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
+    split = _split(_rows(y), channels)
+    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
+    sizes = (_rows(y), channels, *_geometry(x, y, padding), split.chunk, split.programs)
+    # In the parts that `finish_moments` expects, of smaller blocks.
+    blocks = {"BM": _BLOCK_ROWS["many sums"], "BC": split.BC}
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **blocks}
+    _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
+    return y, partial
+
+
+def depthwise_input_gradient(
+    x: Tensor, affine: Sequence[Tensor | None], act: str, dy: Tensor, weight: Tensor, padding: Padding
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradient of the input; with an `affine`, of the input's BatchNorm's output, and two things more.
+
+    They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
+    """
+    channels = x.shape[1]
+    split = _split(_rows(x), channels, kind="many sums")
+    normed = affine[0] is not None
+    dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
+    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
+    sizes = (_rows(x), channels, *_geometry(x, dy, padding), split.chunk, split.programs)
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
+    arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
+    _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
+    return dx, a, None if partial is None else add_rows(partial)
+
+
+def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Padding) -> Tensor:
+    """Return the gradient of the weights, in their shape (C, 1, K, K)."""
+    channels, kernel = a.shape[1], padding.kernel
+    split = _split(_rows(dy), channels, kind="kernel rows")
+    partial = a.new_empty(kernel * kernel, split.programs, channels, dtype=accumulator(a))
+    sizes = (_rows(dy), channels, *_geometry(a, dy, padding), split.chunk, split.programs)
+    lanes = 1 << (kernel - 1).bit_length()
+    constants = {"K": kernel, "LANES": lanes, "STRIDE": padding.stride, **split.blocks}
+    grid = (kernel, *_grid(split, channels))
+    _launch(depthwise_kernels.weight_gradient, grid, a, dy, partial, *sizes, **constants)
+    return add_rows(partial).T.reshape(weight.shape).to(weight.dtype)

@@ -1,0 +1,59 @@
+"""The layers of `models.layers` and the block of EfficientNet, in training, by the functions of `fused`."""
+
+from torch import Tensor, nn
+
+from effnet_train.models.fused.functions import NONE, NormAct, NormActDepthwise, NormActProject
+from effnet_train.models.fused.launch import Padding
+from effnet_train.models.layers import ACTIVATIONS, Conv2d, ConvNorm, SqueezeExcite
+
+
+def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
+    """Convolve as the layer does, then normalise and activate in one."""
+    return norm_act(layer, layer.conv(x))
+
+
+def norm_act(
+    layer: ConvNorm, x: Tensor, *, residual: Tensor | None = None, u: Tensor | None = None, rate: float = 0.0
+) -> Tensor:
+    """Normalise and activate the layer's convolution's output, drop the samples that `u` asks for, add the residual."""
+    norm = layer.norm
+    return NormAct.apply(x, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)
+
+
+def block(
+    expand: nn.Module,
+    depthwise: ConvNorm,
+    squeeze_excite: nn.Module,
+    project: ConvNorm,
+    x: Tensor,
+    *,
+    skip: bool,
+    u: Tensor | None,
+    rate: float,
+) -> Tensor:
+    """Map (N, C, H, W) as `MBConv` does in training."""
+    act, norm = activation(depthwise), None
+    y = x
+    if isinstance(expand, ConvNorm):
+        y, norm = expand.conv(x), expand.norm
+    affine = (None, None) if norm is None else (norm.weight, norm.bias)
+    y, moments = NormActDepthwise.apply(y, *affine, depthwise.conv.weight, norm, act, padding(depthwise.conv, y))
+    norm = depthwise.norm
+    gate = (
+        [*squeeze_excite.reduce.parameters(), *squeeze_excite.expand.parameters()]
+        if isinstance(squeeze_excite, SqueezeExcite)
+        else []
+    )
+    y = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
+    return norm_act(project, y, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
+
+
+def padding(conv: Conv2d, x: Tensor) -> Padding:
+    """Return what the convolution adds above and on the left of x."""
+    (top, _), (left, _) = conv.padding_of(x)
+    return Padding(conv.kernel_size[0], conv.stride[0], top, left)
+
+
+def activation(layer: ConvNorm) -> str:
+    """Return the name of what the layer activates by."""
+    return next((name for name, kind in ACTIVATIONS.items() if type(getattr(layer, "act", None)) is kind), NONE)

@@ -1,0 +1,374 @@
+"""Triton kernels of BatchNorm and what follows it, over tensors that lie as rows of channels: (N * H * W, C).
+
+No kernel adds atomically: programs leave partial sums, which another kernel adds in one order. So the same input gives
+the same bits. `ACC` is what is computed in: float32, or float64 for float64 tensors. `chunk` is the rows of a program.
+Rows are numbered in 32 bits, in which one divides fast, elements in 64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activated(b, ACT: tl.constexpr):
+    """Return the activation of `b`; any name but these three stands for none."""
+    if ACT == "swish":
+        return b * tl.sigmoid(b)
+    elif ACT == "relu6":
+        return tl.minimum(tl.maximum(b, 0.0), 6.0)
+    elif ACT == "relu":
+        return tl.maximum(b, 0.0)
+    else:
+        return b
+
+
+@triton.jit
+def slope(b, ACT: tl.constexpr):
+    """Return the derivative of the activation at `b`."""
+    if ACT == "swish":
+        s = tl.sigmoid(b)
+        return s * (1.0 + b * (1.0 - s))
+    elif ACT == "relu6":
+        return tl.where((b > 0.0) & (b < 6.0), b * 0.0 + 1.0, 0.0)
+    elif ACT == "relu":
+        return tl.where(b > 0.0, b * 0.0 + 1.0, 0.0)
+    else:
+        return b * 0.0 + 1.0
+
+
+@triton.jit
+def channel(pointer, cols, C, ACC: tl.constexpr):
+    """Load a number a channel, as a row."""
+    return tl.load(pointer + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def affine(statistics, weight, bias, cols, C, ACC: tl.constexpr):
+    """Return what BatchNorm needs of each channel: its mean, 1 / deviation, weight and bias, as rows."""
+    mean = channel(statistics, cols, C, ACC)
+    rstd = channel(statistics + 2 * C, cols, C, ACC)
+    return mean, rstd, channel(weight, cols, C, ACC), channel(bias, cols, C, ACC)
+
+
+@triton.jit
+def welford(value, mask, count, mean, m2):
+    """Take `value` into a running mean and sum of squared deviations, element by element; `count` is a column."""
+    count = count + mask
+    delta = tl.where(mask, value - mean, 0.0)
+    mean = mean + delta / tl.maximum(count, 1.0)
+    return count, mean, m2 + delta * tl.where(mask, value - mean, 0.0)
+
+
+@triton.jit
+def store_moments(partial, count, mean, m2, cols, C, program, programs):
+    """Merge the rows' running moments and store them as a program's part of `partial` (2, programs, C)."""
+    total = tl.sum(count, axis=0)[None, :]
+    merged = tl.sum(count * mean, axis=0)[None, :] / total
+    squares = tl.sum(m2 + count * (mean - merged) * (mean - merged), axis=0)[None, :]
+    at = partial + program * C + cols[None, :]
+    tl.store(at, merged, mask=cols[None, :] < C)
+    tl.store(at + programs * C, squares, mask=cols[None, :] < C)
+
+
+@triton.jit
+def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Leave each program's mean and sum of squared deviations of its rows in `partial` (2, programs, C)."""
+    program = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    start = program * chunk
+    stop = tl.minimum(start + chunk, M)
+    count = tl.zeros([BM, 1], ACC)
+    mean = tl.zeros([BM, BC], ACC)
+    m2 = tl.zeros([BM, BC], ACC)
+    for first in range(start, stop, BM):
+        rows = first + tl.arange(0, BM)[:, None]
+        inside = rows < stop
+        at = rows.to(tl.int64) * C + cols[None, :]
+        value = tl.load(x + at, mask=inside & (cols[None, :] < C), other=0.0).to(ACC)
+        count, mean, m2 = welford(value, inside, count, mean, m2)
+    store_moments(partial, count, mean, m2, cols, C, program, programs)
+
+
+@triton.jit
+def finish_moments(
+    partial,
+    running_mean,
+    running_var,
+    statistics,
+    M,
+    C,
+    chunk,
+    programs,
+    EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ACC: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Merge the programs' moments: mean, biased variance and 1 / deviation in `statistics` (3, C).
+
+    With a MOMENTUM above 0 the running statistics move, too.
+    """
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    channels = cols < C
+    sums = tl.zeros([BR, BC], ACC)
+    for first in range(0, programs, BR):
+        rows = first + tl.arange(0, BR)[:, None]
+        inside = (rows < programs) & channels[None, :]
+        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
+        sums += count * tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0)
+    mean = tl.sum(sums, axis=0) / M
+    sums = tl.zeros([BR, BC], ACC)
+    for first in range(0, programs, BR):
+        rows = first + tl.arange(0, BR)[:, None]
+        inside = (rows < programs) & channels[None, :]
+        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
+        apart = tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0) - mean[None, :]
+        m2 = tl.load(partial + (programs + rows) * C + cols[None, :], mask=inside, other=0.0)
+        sums += m2 + count * apart * apart
+    variance = tl.sum(sums, axis=0) / M
+    tl.store(statistics + cols, mean, mask=channels)
+    tl.store(statistics + C + cols, variance, mask=channels)
+    tl.store(statistics + 2 * C + cols, tl.rsqrt(variance + EPS), mask=channels)
+    if MOMENTUM > 0:
+        old_mean = tl.load(running_mean + cols, mask=channels, other=0.0).to(ACC)
+        old_var = tl.load(running_var + cols, mask=channels, other=0.0).to(ACC)
+        tl.store(running_mean + cols, old_mean + MOMENTUM * (mean - old_mean), mask=channels)
+        tl.store(running_var + cols, old_var + MOMENTUM * (variance - old_var), mask=channels)
+
+
+@triton.jit
+def normalise(
+    x,
+    statistics,
+    weight,
+    bias,
+    gate,
+    residual,
+    u,
+    y,
+    M,
+    C,
+    pixels,
+    rate,
+    survival,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Write act(BatchNorm(x)), times a gate (N, C), dropped where `u` (N,) is below the rate, plus a residual."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
+    inside = (rows < M) & (cols[None, :] < C)
+    at = rows.to(tl.int64) * C + cols[None, :]
+    value = activated((tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * (rstd * w) + b, ACT)
+    sample = rows // pixels
+    if gate is not None:
+        value *= tl.load(gate + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+    if u is not None:
+        kept = tl.load(u + sample, mask=rows < M, other=0.0) >= rate
+        value = tl.where(kept, value / survival, 0.0)
+    if residual is not None:
+        value += tl.load(residual + at, mask=inside, other=0.0).to(ACC)
+    tl.store(y + at, value, mask=inside)
+
+
+@triton.jit
+def pool(
+    x,
+    statistics,
+    weight,
+    bias,
+    partial,
+    C,
+    pixels,
+    chunk,
+    splits,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Leave sums of act(BatchNorm(x)) over a sample's pixels in `partial` (N, splits, C)."""
+    program = tl.program_id(0)
+    sample, split = program // splits, program % splits
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
+    stop = tl.minimum((split + 1) * chunk, pixels)
+    total = tl.zeros([BM, BC], ACC)
+    for first in range(split * chunk, stop, BM):
+        rows = first + tl.arange(0, BM)[:, None]
+        inside = (rows < stop) & (cols[None, :] < C)
+        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+        total += tl.where(inside, activated((value - mean) * (rstd * w) + b, ACT), 0.0)
+    tl.store(partial + program * C + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
+@triton.jit
+def add_rows(partial, out, rows_of_each, C, scale, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Add (K, rows, C) up to `out` (K, C), times `scale`, always in the same order."""
+    one = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    total = tl.zeros([BR, BC], ACC)
+    for first in range(0, rows_of_each, BR):
+        rows = first + tl.arange(0, BR)[:, None]
+        inside = (rows < rows_of_each) & (cols[None, :] < C)
+        total += tl.load(partial + (one * rows_of_each + rows) * C + cols[None, :], mask=inside, other=0.0)
+    tl.store(out + one * C + cols, tl.sum(total, axis=0) * scale, mask=cols < C)
+
+
+@triton.jit
+def gated_sums(
+    x,
+    statistics,
+    weight,
+    bias,
+    gate,
+    dz,
+    z,
+    partial,
+    N,
+    C,
+    pixels,
+    chunk,
+    splits,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Write z = s * gate anew, where s = act(b) and b = BatchNorm(x), and all sums that its backward pass needs.
+
+    With the gradient `dz`, `partial` (5, N, splits, C) gets sums over pixels of dz * s, the gate's gradient, and of
+    dz * s'(b), s'(b), and both times the normalised x. As b's gradient is (dz * gate + the mean's gradient) * s'(b),
+    BatchNorm's sums follow from these once the mean's gradient is known, and x need not be read again for them.
+    """
+    program = tl.program_id(0)
+    sample, split = program // splits, program % splits
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
+    own = channel(gate + sample * C, cols, C, ACC)
+    stop = tl.minimum((split + 1) * chunk, pixels)
+    for_gate = tl.zeros([BM, BC], ACC)
+    slopes = tl.zeros([BM, BC], ACC)
+    dz_slopes = tl.zeros([BM, BC], ACC)
+    x_slopes = tl.zeros([BM, BC], ACC)
+    dz_x_slopes = tl.zeros([BM, BC], ACC)
+    for first in range(split * chunk, stop, BM):
+        rows = first + tl.arange(0, BM)[:, None]
+        inside = (rows < stop) & (cols[None, :] < C)
+        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
+        normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+        grad = tl.load(dz + at, mask=inside, other=0.0).to(ACC)
+        s = activated(normal * w + b, ACT)
+        d = tl.where(inside, slope(normal * w + b, ACT), 0.0)
+        tl.store(z + at, s * own, mask=inside)
+        for_gate += grad * s
+        dz_slopes += grad * d
+        slopes += d
+        dz_x_slopes += grad * d * normal
+        x_slopes += d * normal
+    at_sum = partial + program * C + cols
+    step = N * splits * C
+    tl.store(at_sum, tl.sum(for_gate, axis=0), mask=cols < C)
+    tl.store(at_sum + step, tl.sum(dz_slopes, axis=0), mask=cols < C)
+    tl.store(at_sum + 2 * step, tl.sum(slopes, axis=0), mask=cols < C)
+    tl.store(at_sum + 3 * step, tl.sum(dz_x_slopes, axis=0), mask=cols < C)
+    tl.store(at_sum + 4 * step, tl.sum(x_slopes, axis=0), mask=cols < C)
+
+
+@triton.jit
+def output_gradient(dy, gate, shift, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC: tl.constexpr):
+    """Return the gradient of the activation's output: dy, dropped as it was, times the gate, plus a shift (N, C)."""
+    sample = rows // pixels
+    grad = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
+    if u is not None:
+        kept = tl.load(u + sample, mask=rows < M, other=0.0) >= rate
+        grad = tl.where(kept, grad / survival, 0.0)
+    if gate is not None:
+        grad *= tl.load(gate + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+        grad += tl.load(shift + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+    return grad
+
+
+@triton.jit
+def norm_sums(
+    x,
+    statistics,
+    weight,
+    bias,
+    dy,
+    u,
+    partial,
+    M,
+    C,
+    pixels,
+    rate,
+    survival,
+    chunk,
+    programs,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Leave sums of b's gradient, and of it times the normalised x, in `partial` (2, programs, C)."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
+    start = program * chunk
+    stop = tl.minimum(start + chunk, M)
+    plain = tl.zeros([BM, BC], ACC)
+    times_x = tl.zeros([BM, BC], ACC)
+    for first in range(start, stop, BM):
+        rows = first + tl.arange(0, BM)[:, None]
+        inside = (rows < stop) & (cols[None, :] < C)
+        at = rows.to(tl.int64) * C + cols[None, :]
+        normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+        grad = output_gradient(dy, None, None, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
+        grad = tl.where(inside, grad * slope(normal * w + b, ACT), 0.0)
+        plain += grad
+        times_x += grad * normal
+    at_sum = partial + program * C + cols
+    tl.store(at_sum, tl.sum(plain, axis=0), mask=cols < C)
+    tl.store(at_sum + programs * C, tl.sum(times_x, axis=0), mask=cols < C)
+
+
+@triton.jit
+def input_gradient(
+    x,
+    statistics,
+    weight,
+    bias,
+    dy,
+    gate,
+    shift,
+    u,
+    sums,
+    dx,
+    M,
+    C,
+    pixels,
+    rate,
+    survival,
+    count,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Write BatchNorm's input gradient, given the sums (2, C) of `norm_sums` over all `count` rows."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
+    plain = channel(sums, cols, C, ACC) / count
+    times_x = channel(sums + C, cols, C, ACC) / count
+    inside = (rows < M) & (cols[None, :] < C)
+    at = rows.to(tl.int64) * C + cols[None, :]
+    normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+    grad = output_gradient(dy, gate, shift, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
+    grad *= slope(normal * w + b, ACT)
+    tl.store(dx + at, rstd * w * (grad - plain - normal * times_x), mask=inside)
