@@ -52,6 +52,7 @@ EVAL: Mapping[str, Any] = {
     "classes": Match,
     "crops": Literal[1, 5],
     "flip": bool,
+    "fold": Literal["auto", True, False],
     "source": str | list[str | None] | None,
     **dict.fromkeys(("real_labels", "details", "output"), str | None),
 }
@@ -60,6 +61,7 @@ PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("source", "cam", "output"), str | None),
     "cam_class": str | int | None,
     "resolution": int | None,
+    "fold": Literal["auto", True, False],
     "format": Literal["table", "jsonl"],
     **dict.fromkeys(("top", "batch_size"), int),
     "workers": int | Literal["auto"],
@@ -103,6 +105,18 @@ BENCH_DATA: Mapping[str, Any] = {
     "seconds": float,
     "output": str | None,
 }
+BENCH_SPEED: Mapping[str, Any] = {
+    **dict.fromkeys(("models", "modes"), list[str] | None),
+    "libraries": list[str],
+    **dict.fromkeys(("resolution", "batch_size"), int | None),
+    **dict.fromkeys(("precision", "device"), str),
+    "threads": int | Literal["auto"],
+    "rounds": int,
+    "seconds": float,
+    **dict.fromkeys(("memory", "kinds"), bool),
+    "output": str | None,
+}
+BENCH_STARTUP: Mapping[str, Any] = {"rounds": int, "output": str | None}
 SCALE_APPLY: Mapping[str, Any] = {
     "model": Mapping,
     **dict.fromkeys(("phi", "flops", "params", "latency_ms"), float | None),
