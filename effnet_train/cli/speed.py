@@ -192,7 +192,8 @@ def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device"
 
 
 def _told(text: str) -> None:
-    print(f"\r{text:60}", end="\n" if not sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{text:60}", end="", file=sys.stderr, flush=True)
 
 
 def _table(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:

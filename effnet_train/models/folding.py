@@ -14,7 +14,14 @@ Fold = Literal["auto", True, False]
 PLAIN, FOLDED, FUSED = "plain", "folded", "folded, oneDNN"
 # By how much of the largest logit a folded float32 network may differ from the plain one on noise.
 _TOLERANCE = 1e-3
-_ACTIVATIONS: dict[type, str] = {nn.SiLU: "swish", nn.ReLU: "relu", nn.Identity: "none"}
+# What oneDNN calls activations, and their parameters.
+_ACTIVATIONS: dict[type, tuple[str, tuple[float, ...]]] = {
+    nn.SiLU: ("swish", ()),
+    nn.ReLU: ("relu", ()),
+    nn.ReLU6: ("hardtanh", (0.0, 6.0)),
+    nn.Identity: ("none", ()),
+}
+_SIGMOID = ("sigmoid", ())
 
 
 def folded(model: nn.Module, fold: Fold, *, device: torch.device, precision: str) -> tuple[nn.Module, str]:
@@ -53,17 +60,19 @@ def _fuses() -> bool:
 class FusedConv(nn.Module):
     """A convolution and its activation in one call of oneDNN, with the weights in the layout that it likes best."""
 
-    def __init__(self, conv: Conv2d, activation: str) -> None:
+    def __init__(self, conv: Conv2d, activation: tuple[str, tuple[float, ...]]) -> None:
         super().__init__()
         weight = conv.weight.flip((2, 3)) if conv.turned else conv.weight
         self.where: list[Any] = [conv.padding, conv.stride, conv.dilation, conv.groups]
         self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *self.where)
         self.bias = None if conv.bias is None else conv.bias.detach()
-        self.activation = activation
+        self.activation, self.limits = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.where, self.activation, [], "")
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.where, self.activation, self.limits, ""
+        )
 
 
 class FusedSqueezeExcite(nn.Module):
@@ -72,7 +81,7 @@ class FusedSqueezeExcite(nn.Module):
     def __init__(self, plain: SqueezeExcite) -> None:
         super().__init__()
         self.reduce = FusedConv(plain.reduce, _ACTIVATIONS[type(plain.act)])
-        self.expand = FusedConv(plain.expand, "sigmoid")
+        self.expand = FusedConv(plain.expand, _SIGMOID)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
