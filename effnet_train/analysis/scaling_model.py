@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that are summed at once: their bytes, and what share of the backward pass is over when all are there."""
+    """Gradients that are summed at once: their bytes, and the share of the backward pass after which all are there."""
 
     size: int
     ready: float
