@@ -58,7 +58,7 @@ def measure_device(device: str, precision: str) -> Device:
     source = torch.ones(2**29 if on_gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = _best(lambda: target.copy_(source), device)
-    side = 8192 if on_gpu else 2048
+    side = 8192 if on_gpu else 1024
     halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
     matrix = torch.randn(side, side, device=device, dtype=halves.get(precision, torch.float32))
     multiplied = _best(lambda: matrix @ matrix, device)
@@ -82,7 +82,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "convolution": ("conv",),
     "normalisation": ("batch_norm", "norm_swish", "NormSwish"),
     "padding": ("pad", "flip"),
-    "optimizer and average": ("_foreach", "lerp", "addcmul", "addcdiv", "sqrt"),
+    "optimizer and average": ("Optimizer", "_foreach", "lerp", "addcmul", "addcdiv", "sqrt"),
     "activation, gate, residual": ("silu", "sigmoid", "mul", "mean", "sum", "add", "where", "div"),
     "compiled": ("triton", "CompiledFx", "Torch-Compiled", "graph_"),
     "classifier": ("mm",),

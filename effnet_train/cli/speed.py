@@ -139,6 +139,8 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
             for library in config["libraries"]
             if has(library, name)
         ]
+        if not cases[name]:
+            raise ValueError(f"no library of libraries=[{','.join(config['libraries'])}] has {name}: add ours")
     return cases
 
 
