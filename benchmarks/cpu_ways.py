@@ -1,4 +1,4 @@
-"""What each optimisation for CPUs gives: `python benchmarks/cpu_ways.py [--output FILE]`; ours, with all and without one."""
+"""What each optimisation for CPUs gives: `python benchmarks/cpu_ways.py [--output FILE]`: ours, with and without it."""
 
 import argparse
 import json
