@@ -45,7 +45,7 @@ bench train 'models=[b6]' 'modes=[eager]' rounds=3 seconds=0.5 output="$OUT/trai
 bench eval 'models=[b0,b4]' 'modes=[eager]' rounds=5 seconds=0.3 output="$OUT/eval-$NAME.json"
 bench latency 'modes=[eager]' rounds=20 precision=auto output="$OUT/latency-bench-$NAME.json"
 RUN=$(mktemp -d)
-step training "$PYTHON" -m effnet_train.cli.train recipe=demo device="$DEVICE" epochs="${EPOCHS:-5}" \
+step training "$PYTHON" -m effnet_train.cli.train recipe=demo device="$DEVICE" ${TRAINING:-epochs=5} \
     run_root="$RUN" name=digits data.root="$RUN/data" && cp "$RUN/digits/summary.json" "$OUT/training-$NAME.json"
 rm -rf "$RUN"
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
