@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/nano-digits-demo-seed0
 
-.PHONY: help train test test-slow test-slurm check format clean
+.PHONY: help train test test-slow test-slurm bench-cpu bench-gpu check format clean
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -34,6 +34,14 @@ test-slow: $(READY) ## pass the tests that take minutes
 test-slurm: $(READY) ## pass those of a real SLURM of two nodes: apt-get install slurm-wlm munge; as root
 	@command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || { echo "SLURM is not here: apt-get install slurm-wlm munge"; exit 1; }
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_slurm.py
+
+bench-cpu: $(READY) ## measure speed on an idle CPU beside timm and torchvision, 12 minutes; write docs/performance.md
+	PYTHON=$(BIN)/python sh benchmarks/cpu.sh $(NAME)
+	$(BIN)/python benchmarks/performance_tables.py
+
+# Without an environment of its own where there is none: such a machine may have torch and no network.
+bench-gpu: ## check the kernels on a GPU, measure beside timm and torchvision, train a little; 8 minutes
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) sh benchmarks/gpu.sh
 
 check: $(READY) ## format, lint, types, import layers
 	$(BIN)/ruff format --check effnet_train tests

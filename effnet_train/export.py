@@ -20,6 +20,7 @@ from effnet_train.models import published
 from effnet_train.models.efficientnet import EfficientNet
 from effnet_train.models.formats import from_ours
 from effnet_train.models.surgery import fold_batch_norm
+from effnet_train.models.turning import turn
 
 # The largest difference of logits, in units of the largest logit, that rounding may explain.
 TOLERANCE = 1e-4
@@ -66,7 +67,7 @@ def export(
         raise ValueError(
             f"fold=true: format={fmt} holds weights of a network with BatchNorm; use {' or '.join(GRAPHS)}"
         )
-    model = model.eval()
+    model = turn(model.eval(), on=False)  # a graph shall be what the paper draws
     with torch.no_grad():
         if fmt in GRAPHS:
             write = write_onnx if fmt == "onnx" else write_torch_export

@@ -138,8 +138,8 @@ def training_memory(model: nn.Module, resolution: int, batch_size: int, *, activ
 
     That is weights, gradients, two slots of the optimizer and the moving average in the weights' precision, and the
     peak of everything else that is alive at once in a forward and a backward pass, at `activation_bytes` a number.
-    Checkpointing counts as it works. Left out: the libraries' work space and what an allocator wastes, and under
-    automatic mixed precision the weights' second copy.
+    Checkpointing counts as it works; layers count as plain ones, though those of a CPU keep less. Left out: the
+    libraries' work space and what an allocator wastes, and under automatic mixed precision the weights' second copy.
     """
     live = _LiveNumbers()
     state = _meta_state(model)

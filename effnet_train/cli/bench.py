@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from effnet_train.cli import speed
 from effnet_train.cli.app import jobs, user_message
 from effnet_train.cli.complexity import complexity
 from effnet_train.cli.outputs import make_place, writing
@@ -111,7 +112,14 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([f"{title:26} {'images/s':>9} {'per core':>9} {'x timm':>7}", *lines])
 
 
-JOBS = {"data": data, "complexity": complexity}
+JOBS = {
+    "train": speed.train,
+    "eval": speed.evaluate,
+    "latency": speed.latency,
+    "startup": speed.startup,
+    "data": data,
+    "complexity": complexity,
+}
 
 if __name__ == "__main__":
     main()

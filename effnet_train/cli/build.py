@@ -21,6 +21,7 @@ from effnet_train.engine.every import Every
 from effnet_train.engine.train import Plan
 from effnet_train.models.fused import resolve
 from effnet_train.models.surgery import with_classifier_of
+from effnet_train.models.turning import turn
 from effnet_train.optim.param_groups import param_groups
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -99,8 +100,8 @@ def _check_targets(config: Any, source: str, allowed: Mapping[str, tuple[str, ..
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move `model` to `device`, its convolutions channels-last, as the images are."""
-    return model.to(device).to(memory_format=torch.channels_last)
+    """Move `model` to `device`, its convolutions channels-last, as the images are; on a CPU turned, where it can be."""
+    return turn(model, device.type == "cpu").to(device).to(memory_format=torch.channels_last)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:

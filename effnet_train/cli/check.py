@@ -10,12 +10,11 @@ from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_h
 
 from hydra.utils import get_object
 
-from effnet_train.data.classes import Match
 from effnet_train.engine.every import Every
-from effnet_train.engine.saving import Checkpoints
 
 StopSignal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]  # those of distributed.STOP_SIGNALS
 # The top-level keys of each command, which are no constructor's arguments. The parts check themselves by theirs.
+# A type given by name is imported last: torch comes with it, and an error need not wait for that.
 _SHARED: Mapping[str, Any] = {
     "data": Mapping,
     **dict.fromkeys(("precision", "device"), str),
@@ -26,7 +25,7 @@ TRAIN: Mapping[str, Any] = {
     **_SHARED,
     **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing"), Mapping),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
-    "checkpoint": Checkpoints,
+    "checkpoint": "effnet_train.engine.saving.Checkpoints",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
     **dict.fromkeys(("epochs", "ema_decay"), float),
@@ -49,9 +48,10 @@ EVAL: Mapping[str, Any] = {
     "checkpoint": str | list[str],
     **dict.fromkeys(("weights", "split"), str),
     "resolution": int | None,
-    "classes": Match,
+    "classes": "effnet_train.data.classes.Match",
     "crops": Literal[1, 5],
     "flip": bool,
+    "fold": Literal["auto", True, False],
     "source": str | list[str | None] | None,
     **dict.fromkeys(("real_labels", "details", "output"), str | None),
 }
@@ -60,6 +60,7 @@ PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("source", "cam", "output"), str | None),
     "cam_class": str | int | None,
     "resolution": int | None,
+    "fold": Literal["auto", True, False],
     "format": Literal["table", "jsonl"],
     **dict.fromkeys(("top", "batch_size"), int),
     "workers": int | Literal["auto"],
@@ -103,6 +104,18 @@ BENCH_DATA: Mapping[str, Any] = {
     "seconds": float,
     "output": str | None,
 }
+BENCH_SPEED: Mapping[str, Any] = {
+    **dict.fromkeys(("models", "modes"), list[str] | None),
+    "libraries": list[str],
+    **dict.fromkeys(("resolution", "batch_size"), int | None),
+    **dict.fromkeys(("precision", "device"), str),
+    "threads": int | Literal["auto"],
+    "rounds": int,
+    "seconds": float,
+    **dict.fromkeys(("memory", "kinds"), bool),
+    "output": str | None,
+}
+BENCH_STARTUP: Mapping[str, Any] = {"rounds": int, "output": str | None}
 SCALE_APPLY: Mapping[str, Any] = {
     "model": Mapping,
     **dict.fromkeys(("phi", "flops", "params", "latency_ms"), float | None),
@@ -210,10 +223,14 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
     """
     _check_names("", config, types, "the configuration")
     for key, value in config.items():
-        _check_type(key, value, types[key])
-        _check_parts(key, value)
+        if not isinstance(types[key], str):
+            _check_type(key, value, types[key])
         if key in _LEAST and isinstance(value, int | float) and value < _LEAST[key]:
             raise ValueError(f"{key}={value} must be at least {_LEAST[key]}")
+    for key, value in config.items():
+        if isinstance(types[key], str):
+            _check_type(key, value, get_object(types[key]))
+        _check_parts(key, value)
     if config.get("name") == "":
         raise ValueError("name= is empty: the run needs a folder of its own in run_root")
     if (config.get("seed") or 0) >= 2**63:

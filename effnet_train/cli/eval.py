@@ -59,14 +59,14 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
     asked = _asked(config)
     _check_request(config, asked)
     with open_session(device) as session:
-        parts = [_load(config, part, session) for part in asked]
+        precision = build.resolve_precision(config["precision"], session.device)
+        build.set_arithmetic(precision, False, session.device)
+        parts = [_load(config, part, session, precision) for part in asked]
         first = parts[0]
         _check_same_classes(parts)
         data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
         scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
-        precision = build.resolve_precision(config["precision"], session.device)
-        build.set_arithmetic(precision, False, session.device)
         results = evaluate_members(
             [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
             num_images=len(source),
@@ -94,7 +94,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint's network, what travels with it, which weights these are, and the preprocessing to score it by."""
+    """A checkpoint's network, what travels with it, which weights these are, and the preprocessing to score it by.
+
+    `network` tells what was made of the network: one of those of `models.folding`.
+    """
 
     label: str
     file: Path | None
@@ -102,6 +105,7 @@ class Part:
     meta: Mapping[str, Any]
     which: str
     preprocess: "Preprocess"
+    network: str
 
     @property
     def classes(self) -> list[str]:
@@ -158,10 +162,11 @@ def _check_request(config: Config, asked: Sequence[Asked]) -> None:
         raise ValueError("real_labels= are of all classes of ImageNet: they do not go with classes=subset")
 
 
-def _load(config: Config, asked: Asked, session: "Session") -> Part:
+def _load(config: Config, asked: Asked, session: "Session", precision: str) -> Part:
     """Read a checkpoint, and its preprocessing at the resolution asked for."""
     from effnet_train.cli import build
     from effnet_train.data.preprocess import Preprocess
+    from effnet_train.models.folding import folded
 
     model, meta = build.load_model(asked.label, session, which=config["weights"], source=asked.source)
     exported = asked.file is not None and asked.file.suffix == ".safetensors"
@@ -169,7 +174,8 @@ def _load(config: Config, asked: Asked, session: "Session") -> Part:
     preprocess = Preprocess(**meta["preprocess"])
     if config["resolution"] is not None:
         preprocess = preprocess.at(config["resolution"])
-    return Part(asked.label, asked.file, model, meta, which, preprocess)
+    model, network = folded(model, config["fold"], device=session.device, precision=precision)
+    return Part(asked.label, asked.file, model, meta, which, preprocess, network)
 
 
 def _check_same_classes(parts: Sequence[Part]) -> None:
@@ -277,6 +283,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
             "weights": part.which,
             "step": part.step,
             "resolution": part.preprocess.resolution,
+            "network": part.network,
         }
         for part in parts
     ]
@@ -291,7 +298,9 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         published = "source" in part.meta
         whose = f"weights of {part.which}" if published else f"{part.which} weights of step {part.step:,}"
         alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
-        print(f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels{alone}")
+        print(
+            f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels, {part.network}{alone}"
+        )
     _print_scores(_last(results), _views(config, len(parts)))
     line = json.dumps(record)
     print(line)

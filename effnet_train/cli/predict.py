@@ -58,6 +58,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
     from effnet_train.data.backends import check_backend
     from effnet_train.data.preprocess import Preprocess
     from effnet_train.data.sources import find_files
+    from effnet_train.models.folding import folded
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.PREDICT)
@@ -74,6 +75,7 @@ def task(cfg: DictConfig, inputs: Sequence[str], stdin: Callable[[], bytes]) -> 
         preprocess, words = Preprocess(**meta["preprocess"]), readable_names(meta["classes"])
         precision = build.resolve_precision(config["precision"], session.device)
         build.set_arithmetic(precision, False, session.device)
+        model, _ = folded(model, config["fold"], device=session.device, precision=precision)
         predictor = Predictor(
             model=model,
             preprocess=preprocess.at(config["resolution"]) if config["resolution"] else preprocess,

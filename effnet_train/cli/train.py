@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 def task(cfg: DictConfig) -> None:
     """Plan, or claim the run's folder and train in as many processes as there are ranks."""
-    from effnet_train import distributed
-    from effnet_train.cli import build, check, run_folder
+    from effnet_train.cli import check
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    check.check_config(config, check.TRAIN)
+    check.check_config(config, check.TRAIN)  # before torch is imported: what is wrong is told within a second
+    from effnet_train import distributed
+    from effnet_train.cli import build, run_folder
+
     build.check_start(cfg)
     _check_cluster()
     signals = [signal.Signals[name] for name in cfg.stop_signals]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_train.models import fused as kernels
+from effnet_train.models.recompute import norm_swish
 
 # Constants of splitmix64 (Steele, Lea & Flood 2014) as signed 64-bit integers.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -81,9 +82,13 @@ class Conv2d(nn.Conv2d):
             in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
         )
         self.same = padding == "same" and stride > 1  # at stride 1 both paddings are one
+        self.turned = False  # what it is given stands on its head: see models/turning.py
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
+        if self.turned:
+            weight = self.weight.flip((2, 3)) if self.kernel_size[0] > 1 else self.weight
+            return self._conv_forward(x, weight, self.bias)
         if not self.same:
             return super().forward(x)
         (top, bottom), (left, right) = self.padding_of(x)
@@ -233,11 +238,20 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
-        if not (self.training and kernels.runs(self.fused, x)):
-            return super().forward(x)
-        from effnet_train.models.fused.layers import conv_norm
+        if self.training and kernels.runs(self.fused, x):
+            from effnet_train.models.fused.layers import conv_norm
 
-        return conv_norm(self, x)
+            return conv_norm(self, x)
+        if self._recomputes(x):
+            return norm_swish(self.conv(x), self.norm)
+        return super().forward(x)
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Say whether to keep less in training: on a CPU, where it also is faster; a compiler sees to it itself."""
+        norm = self.norm
+        swish = len(self) == 3 and type(getattr(self, "act", None)) is nn.SiLU and type(norm) is BatchNorm2d
+        trained = swish and norm.training and norm.reduce_statistics is None and torch.is_grad_enabled()
+        return trained and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class SqueezeExcite(nn.Module):

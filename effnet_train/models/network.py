@@ -81,6 +81,7 @@ class Network(nn.Module):
         self.dropout = dropout
         self.drop_connect = drop_connect
         self.checkpointing = checkpointing
+        self.turned = False  # models/turning.py: inside, images stand on their heads
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes).
@@ -90,19 +91,24 @@ class Network(nn.Module):
         """
         if self.training and keys is None and (self.dropout > 0 or self.drop_connect > 0):
             keys = torch.randint(2**63 - 1, (images.shape[0],), device=images.device)
-        features = self.features(images, keys).mean((2, 3))
+        features = self._features(images, keys).mean((2, 3))
         if self.training and keys is not None and self.dropout > 0:
             features = dropout(features, keys, self.dropout)
         return self.classifier(features)
 
     def features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Map images (N, 3, H, W) to what the classifier averages: (N, channels, ceil(H / 32), ceil(W / 32))."""
+        features = self._features(images, keys)
+        return features.flip((2, 3)) if self.turned else features
+
+    def _features(self, images: Tensor, keys: Tensor | None) -> Tensor:
+        """Return the features, on their heads where the network is turned."""
         blocks = list(self.blocks())
         rows: list[Tensor | None] = [None] * len(blocks)
         if self.training and keys is not None and self.drop_connect > 0:
             # One call for all blocks: dropping costs a handful of small kernels, not a handful a block.
             rows = list(uniform(keys, len(blocks)))
-        x = self.stem(images)
+        x = self.stem(images.flip((2, 3)) if self.turned else images)
         for block, u in zip(blocks, rows, strict=True):
             x = self._recomputed(block, x, u) if self.checkpointing and self.training else block(x, u)
         return self.head(x)

@@ -108,3 +108,19 @@ def randomise() -> Callable[..., nn.Module]:
         return model
 
     return run
+
+
+@pytest.fixture
+def randomised() -> Callable[[nn.Module], nn.Module]:
+    """Return a function that gives a network in float64 statistics that are not those of a new one."""
+
+    def change(model: nn.Module) -> nn.Module:
+        for module in model.double().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        return model
+
+    return change

@@ -1,0 +1,275 @@
+"""How fast networks train and evaluate, and in how much memory, beside timm's and torchvision's: all in turn."""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from effnet_train.data.loader import Batch
+from effnet_train.data.preprocess import Preprocess
+from effnet_train.distributed import Session
+from effnet_train.engine.evaluate import autocast
+from effnet_train.engine.state import TrainState, no_statistics
+from effnet_train.engine.train import Stepper
+from effnet_train.models.efficientnet import EfficientNet
+from effnet_train.models.folding import PLAIN, folded
+from effnet_train.models.turning import turn
+from effnet_train.optim.ema import EMA
+from effnet_train.optim.losses import CrossEntropy
+from effnet_train.optim.param_groups import param_groups
+
+LIBRARIES = ("ours", "timm", "torchvision")
+MODES = ("eager", "compiled")
+_CLASSES = 1000
+_LR, _DECAY, _SMOOTHING, _EMA_DECAY = 1e-3, 1e-5, 0.1, 0.9999
+_RMSPROP: Mapping[str, Any] = {"alpha": 0.9, "momentum": 0.9, "eps": 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured: a library's network of a variant, in one mode, training or not. A plain value, for processes.
+
+    `config` are the arguments of our network; the others know the variant by its name.
+    """
+
+    library: str
+    variant: str
+    config: Mapping[str, Any]
+    training: bool
+    resolution: int
+    batch_size: int
+    precision: str = "fp32"
+    mode: str = "eager"
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """Return what tables call it."""
+        return self.library if self.mode == "eager" else f"{self.library}, {self.mode}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step on a batch, or one forward pass of it, to be called again and again; `path`: what the network became."""
+
+    run: Callable[[], object]
+    path: str = PLAIN
+
+
+def has(library: str, variant: str) -> bool:
+    """Say whether a library has an EfficientNet of this name."""
+    if library == "timm":
+        import timm
+
+        return bool(timm.is_model(f"tf_efficientnet_{variant}"))
+    if library == "torchvision":
+        from torchvision.models import list_models
+
+        return f"efficientnet_{variant}" in list_models()
+    return True
+
+
+def default_batch_size(activations: int, device: str) -> int:
+    """Return a power of two of images whose convolutions put out some 2 ** 31 numbers in all, on a CPU 2 ** 27."""
+    images = 2 ** (31 if device == "cuda" else 27) / activations
+    return min(1024, max(4, 2 ** round(math.log2(images))))
+
+
+def build(case: Case) -> Work:
+    """Build a case's network and batch, random and the same ones every time."""
+    torch.manual_seed(0)
+    device = torch.device(case.device)
+    model = _network(case).to(device).to(memory_format=torch.channels_last)
+    if case.training:
+        return _training(case, model.train(), device)
+    path = PLAIN
+    model.eval()
+    if case.library == "ours" and case.mode == "eager":
+        model, path = folded(turn(model, case.device == "cpu"), "auto", device=device, precision=case.precision)
+    if case.mode == "compiled":
+        model.compile()
+    images = _images(case, device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        with autocast(device, case.precision):
+            model(images)
+
+    return Work(run, path)
+
+
+def _network(case: Case) -> nn.Module:
+    if case.library == "timm":
+        import timm
+
+        rates = {"drop_rate": case.config["dropout"], "drop_path_rate": case.config["drop_connect"]}
+        return timm.create_model(f"tf_efficientnet_{case.variant}", num_classes=_CLASSES, **rates)
+    if case.library == "torchvision":
+        from torchvision.models import get_model
+
+        return get_model(f"efficientnet_{case.variant}", num_classes=_CLASSES)
+    return EfficientNet(**case.config, num_classes=_CLASSES)
+
+
+def _images(case: Case, device: torch.device) -> torch.Tensor:
+    images = torch.randn(case.batch_size, 3, case.resolution, case.resolution)
+    return images.to(device).to(memory_format=torch.channels_last)
+
+
+def _training(case: Case, model: nn.Module, device: torch.device) -> Work:
+    """Return a whole optimizer step: forward, loss, backward, RMSProp, average."""
+    labels = torch.randint(_CLASSES, (case.batch_size,)).to(device)
+    if case.library == "ours":
+        return _our_step(case, model, labels, device)
+    criterion: nn.Module
+    if case.library == "timm":
+        from timm.loss import LabelSmoothingCrossEntropy
+        from timm.optim import create_optimizer_v2
+        from timm.utils import ModelEmaV3
+
+        optimizer = create_optimizer_v2(model, opt="rmsproptf", lr=_LR, weight_decay=_DECAY, **_RMSPROP)
+        criterion, average = LabelSmoothingCrossEntropy(_SMOOTHING), ModelEmaV3(model, decay=_EMA_DECAY)
+        update: Callable[[nn.Module], object] = average.update
+    else:
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        optimizer = torch.optim.RMSprop(param_groups(model, _DECAY), lr=_LR, **_RMSPROP)
+        criterion = nn.CrossEntropyLoss(label_smoothing=_SMOOTHING)
+        update = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY), use_buffers=True).update_parameters
+    if case.mode == "compiled":
+        model.compile()
+    images = _images(case, device)
+
+    def run() -> None:
+        with autocast(device, case.precision):
+            loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update(model)
+
+    return Work(run)
+
+
+def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.device) -> Work:
+    """Return the training loop's own step, from bytes, which it normalises: what the others are spared."""
+    from timm.optim.rmsprop_tf import RMSpropTF
+
+    turn(model, case.device == "cpu")
+    ema = EMA(model, _EMA_DECAY)
+    if case.mode == "compiled":
+        model.compile()
+    state = TrainState(
+        model=model,
+        ema=ema,
+        optimizer=RMSpropTF(param_groups(model, _DECAY), lr=_LR, **_RMSPROP),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        statistics=no_statistics(device),
+    )
+    step = Stepper(
+        network=model,
+        loss=CrossEntropy(label_smoothing=_SMOOTHING),
+        preprocess=Preprocess(case.resolution),
+        num_classes=_CLASSES,
+        precision=case.precision,
+        session=Session(device=device),
+    )
+    pixels = torch.randint(256, (case.batch_size, case.resolution, case.resolution, 3), dtype=torch.uint8)
+    batch = Batch(pixels.to(device), labels, torch.arange(case.batch_size).to(device), [])
+    return Work(lambda: step(state, [batch], _LR))
+
+
+def interleaved(
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    seconds: float,
+    device: str,
+    told: Callable[[str], None] = lambda _: None,
+) -> dict[str, list[float]]:
+    """Return the seconds of one call of each work in each of `rounds`; in each, all are measured for `seconds` in turn.
+
+    So a machine that gets slower does so for all. What comes first (compiling, choosing algorithms) does not count.
+    """
+    counts = {}
+    for name, work in works.items():
+        for _ in range(3):
+            once = _timed(work, 1, device)
+        counts[name] = max(1, round(seconds / once))
+        told(f"{name} is ready")
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds):
+        for name, work in works.items():
+            times[name].append(_timed(work, counts[name], device) / counts[name])
+        told(f"round {number + 1} of {rounds}")
+    return times
+
+
+def _timed(work: Work, count: int, device: str) -> float:
+    start = perf_counter()
+    for _ in range(count):
+        work.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def ratios(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, float]:
+    """Return how many times as fast as `reference` each is: the median over rounds of the ratio within a round."""
+    return {
+        name: median(other / own for own, other in zip(found, times[reference], strict=True))
+        for name, found in times.items()
+    }
+
+
+def build_weighed(case: Case, steps: int = 3) -> tuple[Work, int]:
+    """Build a case; return it and the bytes that it takes at its peak: weights, optimizer, average, activations.
+
+    On a GPU what its allocator gives out, beyond what there was before; on a CPU by how much a new process grows that
+    does nothing else.
+    """
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        work = _run(case, steps)
+        torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, and their work space does not count
+        work.run()
+        return work, torch.cuda.max_memory_allocated() - before
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        grown = process.submit(_grown, case, steps, torch.get_num_threads()).result()
+    return build(case), grown
+
+
+def _run(case: Case, steps: int) -> Work:
+    work = build(case)
+    for _ in range(steps):
+        work.run()
+    return work
+
+
+def _grown(case: Case, steps: int, threads: int) -> int:
+    """Return by how many bytes this process grows at most while it works; what it imports and sets up is not in it."""
+    torch.set_num_threads(threads)
+    small: dict[str, Any] = {"resolution": 32, "batch_size": 2, "mode": "eager"}
+    if case.library == "ours":
+        small["config"] = {**case.config, "width": 0.25, "depth": 0.25}
+    _run(replace(case, **small), 1)
+    before = _status("VmRSS")
+    with suppress(OSError):  # where it may not be written, the peak so far counts, which a step exceeds
+        Path("/proc/self/clear_refs").write_text("5")
+    _run(case, steps)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

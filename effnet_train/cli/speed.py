@@ -1,0 +1,235 @@
+"""`effnet-bench train`, `eval`, `latency` and `startup`: how fast all of it is, beside timm and torchvision."""
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from effnet_train.cli.outputs import make_place, writing
+
+if TYPE_CHECKING:  # the command's help comes without torch
+    from effnet_train.analysis.roofline import Device
+    from effnet_train.analysis.throughput import Case
+
+_REFERENCE = "timm"
+_VARIANTS = {"cuda": ["b0", "b4", "b6"], "cpu": ["b0"]}
+
+
+def train(cfg: DictConfig) -> None:
+    """Measure whole optimizer steps beside timm and torchvision: images a second, memory, distance from the floor."""
+    _compare(cfg, training=True)
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measure evaluation of batches beside timm and torchvision: images a second, memory, distance from the floor."""
+    _compare(cfg, training=False)
+
+
+def latency(cfg: DictConfig) -> None:
+    """Measure how long one image takes, in one thread, beside timm and torchvision."""
+    _compare(cfg, training=False)
+
+
+def startup(cfg: DictConfig) -> None:
+    """Measure how long the commands take to start: help, an error of the configuration, debug=tiny."""
+    from effnet_train.analysis import data_speed
+    from effnet_train.analysis import startup as starting
+    from effnet_train.cli import check
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.BENCH_STARTUP)
+    file = _place(config)
+    found = starting.measure(config["rounds"])
+    for name, row in found.items():
+        print(f"{name:16} {row['seconds']:6.2f} s   (wanted: under {row['limit_s']:g} s)")
+    _write(file, {"machine": data_speed.machine(), "startup": found})
+
+
+def _compare(cfg: DictConfig, *, training: bool) -> None:
+    """Measure all that is asked for, a variant at a time, and print its table."""
+    import torch
+
+    from effnet_train.analysis import data_speed, roofline
+    from effnet_train.cli import build, check
+    from effnet_train.distributed import resolve_device
+
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check.check_config(config, check.BENCH_SPEED)
+    _check_lists(config)
+    device = resolve_device(config["device"])
+    place = torch.device(device)
+    precision = build.resolve_precision(config["precision"], place)
+    build.set_threads(config["threads"])
+    build.set_arithmetic(precision, False, place)
+    cases = _cases(config, training, device, precision)
+    file = _place(config)
+    capacity = roofline.measure_device(device, precision)
+    result: dict[str, Any] = {
+        "machine": {**data_speed.machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None},
+        "device": {"kind": device, "threads": torch.get_num_threads(), **vars(capacity)},
+        "job": "train" if training else "eval",
+        "rows": [],
+    }
+    print(f"copies {capacity.bytes_per_s / 1e9:,.1f} GB/s, products {capacity.flops_per_s / 1e12:,.2f} TFLOP/s")
+    for name, measured in cases.items():
+        rows = _rows(measured, config, capacity)
+        result["rows"] += rows
+        print(_table(name, rows), flush=True)
+    _write(file, result)
+
+
+def _check_lists(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an empty list, a name that is none, and a duration that is none."""
+    from effnet_train.analysis.throughput import LIBRARIES, MODES
+    from effnet_train.cli import build
+
+    known = {"models": build.model_variants(), "libraries": LIBRARIES, "modes": MODES}
+    for key, names in known.items():
+        given = config[key]
+        if given is None:
+            continue
+        if not given:
+            raise ValueError(f"{key}=[] names none: choose among {', '.join(names)}")
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+                hint = f"did you mean {' or '.join(close)}? " if close else ""
+                raise ValueError(f"{key} has {name}, which is not known: {hint}The choices are {', '.join(names)}")
+    if config["seconds"] <= 0:
+        raise ValueError(f"seconds={config['seconds']} must be more than 0")
+
+
+def _cases(config: Mapping[str, Any], training: bool, device: str, precision: str) -> dict[str, list["Case"]]:
+    """Return what is to be measured of each variant. Raises ValueError for one that is no EfficientNet."""
+    import torch
+
+    from effnet_train.analysis.complexity import complexity
+    from effnet_train.analysis.throughput import Case, default_batch_size, has
+    from effnet_train.cli import build
+
+    variants = build.model_variants()
+    cases: dict[str, list[Case]] = {}
+    for name in config["models"] or _VARIANTS[device]:
+        arguments = dict(variants[name])
+        if not arguments.pop("_target_").endswith(".EfficientNet"):
+            raise ValueError(
+                f"models has {name}, which is no EfficientNet: the other libraries' networks are only these"
+            )
+        with torch.device("meta"):
+            model = build.build_model(variants[name], 1000)
+        size = config["resolution"] or arguments["resolution"]
+        batch_size = config["batch_size"] or default_batch_size(complexity(model, size).activations, device)
+        cases[name] = [
+            Case(
+                library=library,
+                variant=name,
+                config=arguments,
+                training=training,
+                resolution=size,
+                batch_size=batch_size,
+                precision=precision,
+                mode=mode,
+                device=device,
+            )
+            for mode in config["modes"] or (["eager", "compiled"] if device == "cuda" else ["eager"])
+            for library in config["libraries"]
+            if has(library, name)
+        ]
+        if not cases[name]:
+            raise ValueError(f"no library of libraries=[{','.join(config['libraries'])}] has {name}: add ours")
+    return cases
+
+
+def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device") -> list[dict[str, Any]]:
+    """Measure the cases of one variant in turn and return a row of each."""
+    from statistics import median
+
+    import torch
+
+    from effnet_train.analysis import roofline, throughput
+    from effnet_train.models.efficientnet import EfficientNet
+
+    first = cases[0]
+    works, peaks = {}, {}
+    for case in cases:
+        if config["memory"]:
+            works[case.name], peaks[case.name] = throughput.build_weighed(case)
+        else:
+            works[case.name] = throughput.build(case)
+    times = throughput.interleaved(
+        works, rounds=config["rounds"], seconds=config["seconds"], device=first.device, told=_told
+    )
+    reference = _REFERENCE if _REFERENCE in times else first.name
+    faster = throughput.ratios(times, reference)
+    with torch.device("meta"):
+        model = EfficientNet(**first.config)
+    width = 4 if first.precision in ("fp32", "tf32") else 2
+    least = roofline.floor(
+        model, first.resolution, first.batch_size, training=first.training, number_bytes=width, device=capacity
+    )
+    rows = []
+    for case in cases:
+        seconds = median(times[case.name])
+        row = {
+            "variant": case.variant,
+            "name": case.name,
+            "path": works[case.name].path,
+            **{key: getattr(case, key) for key in ("resolution", "batch_size", "precision")},
+            "ms": round(1000 * seconds, 3),
+            "images_per_s": round(case.batch_size / seconds, 2),
+            "ratio": round(faster[case.name], 3),
+            "reference": reference,
+            "peak_mib": round(peaks[case.name] / 2**20, 1) if config["memory"] else None,
+            "floor": {"flops": least.flops, "bytes": least.bytes, "ms": round(1000 * least.seconds, 3)},
+            "times_floor": round(seconds / least.seconds, 2),
+            "kinds": roofline.by_kind(works[case.name].run, case.device) if config["kinds"] else None,
+            "runs_ms": [round(1000 * value, 3) for value in times[case.name]],
+        }
+        rows.append(row)
+    return rows
+
+
+def _told(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:60}", end="", file=sys.stderr, flush=True)
+
+
+def _table(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the measurements of one variant for reading, and where the time goes."""
+    first = rows[0]
+    title = f"{variant} at {first['resolution']}, batch {first['batch_size']}, {first['precision']}"
+    lines = [f"{title:34} {'ms':>9} {'images/s':>9} {'x ' + first['reference']:>8} {'MiB':>8} {'x floor':>8}"]
+    for row in rows:
+        path = f" ({row['path']})" if row["path"] != "plain" else ""
+        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+        lines.append(
+            f"  {row['name'] + path:32} {row['ms']:9,.2f} {row['images_per_s']:9,.1f} {row['ratio']:8.2f} "
+            f"{memory:>8} {row['times_floor']:8.1f}"
+        )
+    floor = first["floor"]
+    lines.append(
+        f"  {'floor':32} {floor['ms']:9,.2f}   {floor['flops'] / 1e9:,.1f} GFLOP, {floor['bytes'] / 1e6:,.1f} MB"
+    )
+    for row in rows:
+        if row["kinds"]:
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in row["kinds"].items() if share >= 0.01)
+            lines.append(f"  {row['name']}: {shares}")
+    return "\n".join(lines)
+
+
+def _place(config: Mapping[str, Any]) -> Path | None:
+    file = Path(config["output"]) if config["output"] else None
+    if file:
+        make_place("output", file)
+    return file
+
+
+def _write(file: Path | None, result: Mapping[str, Any]) -> None:
+    if file:
+        with writing("output", file):
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {file}")
