@@ -37,7 +37,7 @@ if [ "$DEVICE" = cuda ]; then
                 'modes=[compiled]' rounds=1 seconds=0.01 memory=false kinds=false ${WORDS:-} >/dev/null 2>&1 &
         done
     done
-    step tests "$PYTHON" -m pytest -q -m gpu -p no:xdist tests/models
+    step tests "$PYTHON" -m pytest -q -m gpu -p no:xdist tests/models tests/engine/test_graph.py
     wait
 fi
 bench train 'models=[b0,b4]' rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"

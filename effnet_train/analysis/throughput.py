@@ -18,6 +18,7 @@ from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 from effnet_train.engine.evaluate import autocast
+from effnet_train.engine.graph import GraphStepper
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Stepper
 from effnet_train.models.efficientnet import EfficientNet
@@ -25,10 +26,12 @@ from effnet_train.models.folding import PLAIN, folded
 from effnet_train.models.turning import turn
 from effnet_train.optim.ema import EMA
 from effnet_train.optim.losses import CrossEntropy
+from effnet_train.optim.one_pass import OnePass
 from effnet_train.optim.param_groups import param_groups
 
 LIBRARIES = ("ours", "timm", "torchvision")
 MODES = ("eager", "compiled")
+OWN_MODES = ("fused", "graph")  # our training by GPU kernels; and captured as CUDA graphs as well
 _CLASSES = 1000
 _LR, _DECAY, _SMOOTHING, _EMA_DECAY = 1e-3, 1e-5, 0.1, 0.9999
 _RMSPROP: Mapping[str, Any] = {"alpha": 0.9, "momentum": 0.9, "eps": 1e-3}
@@ -117,7 +120,7 @@ def _network(case: Case) -> nn.Module:
         from torchvision.models import get_model
 
         return get_model(f"efficientnet_{case.variant}", num_classes=_CLASSES)
-    return EfficientNet(**case.config, num_classes=_CLASSES)
+    return EfficientNet(**{**case.config, "fused": case.mode in OWN_MODES}, num_classes=_CLASSES)
 
 
 def _images(case: Case, device: torch.device) -> torch.Tensor:
@@ -175,14 +178,16 @@ def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.
         scaler=torch.amp.GradScaler(device.type, enabled=False),
         statistics=no_statistics(device),
     )
-    step = Stepper(
-        network=model,
-        loss=CrossEntropy(label_smoothing=_SMOOTHING),
-        preprocess=Preprocess(case.resolution),
-        num_classes=_CLASSES,
-        precision=case.precision,
-        session=Session(device=device),
-    )
+    parts: dict[str, Any] = {
+        "network": model,
+        "loss": CrossEntropy(label_smoothing=_SMOOTHING),
+        "preprocess": Preprocess(case.resolution),
+        "num_classes": _CLASSES,
+        "precision": case.precision,
+        "session": Session(device=device),
+    }
+    graph = case.mode == "graph"
+    step = GraphStepper(**parts, update=OnePass(state.optimizer, ema)) if graph else Stepper(**parts)
     pixels = torch.randint(256, (case.batch_size, case.resolution, case.resolution, 3), dtype=torch.uint8)
     batch = Batch(pixels.to(device), labels, torch.arange(case.batch_size).to(device), [])
     return Work(lambda: step(state, [batch], _LR))

@@ -84,10 +84,10 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
 
 def _check_lists(config: Mapping[str, Any]) -> None:
     """Raise ValueError for an empty list, a name that is none, and a duration that is none."""
-    from effnet_train.analysis.throughput import LIBRARIES, MODES
+    from effnet_train.analysis.throughput import LIBRARIES, MODES, OWN_MODES
     from effnet_train.cli import build
 
-    known = {"models": build.model_variants(), "libraries": LIBRARIES, "modes": MODES}
+    known = {"models": build.model_variants(), "libraries": LIBRARIES, "modes": (*MODES, *OWN_MODES)}
     for key, names in known.items():
         given = config[key]
         if given is None:
@@ -108,9 +108,14 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
     import torch
 
     from effnet_train.analysis.complexity import complexity
-    from effnet_train.analysis.throughput import Case, default_batch_size, has
+    from effnet_train.analysis.throughput import MODES, OWN_MODES, Case, default_batch_size, has
     from effnet_train.cli import build
 
+    on_gpu = device == "cuda"
+    modes = config["modes"] or ((*MODES, *(OWN_MODES if training else ())) if on_gpu else MODES[:1])
+    own = [mode for mode in modes if mode in OWN_MODES]
+    if own and not (training and on_gpu):
+        raise ValueError(f"modes has {own[0]}, which is training on a GPU: leave it away, or give device=cuda")
     variants = build.model_variants()
     cases: dict[str, list[Case]] = {}
     for name in config["models"] or _VARIANTS[device]:
@@ -135,12 +140,14 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
                 mode=mode,
                 device=device,
             )
-            for mode in config["modes"] or (["eager", "compiled"] if device == "cuda" else ["eager"])
+            for mode in modes
             for library in config["libraries"]
-            if has(library, name)
+            if has(library, name) and (library == "ours" or mode in MODES)
         ]
         if not cases[name]:
-            raise ValueError(f"no library of libraries=[{','.join(config['libraries'])}] has {name}: add ours")
+            raise ValueError(
+                f"no library of libraries=[{','.join(config['libraries'])}] has {name} by modes={list(modes)}: add ours"
+            )
     return cases
 
 

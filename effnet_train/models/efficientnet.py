@@ -74,7 +74,7 @@ class EfficientNet(Network):
         bn_eps: float = 1e-3,
         bn_momentum: float = 0.01,
         checkpointing: bool = False,
-        fused: bool | Literal["auto"] = "auto",
+        fused: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__(
             resolution=resolution,
