@@ -78,7 +78,7 @@ def search(cfg: DictConfig) -> None:
     if not kept:
         raise ValueError(
             f"no candidate is within flops_tolerance={config['flops_tolerance']:g} of the budget: "
-            "raise it, or lower step="
+            "raise it, or give other alpha=, beta=, gamma= or step="
         )
     if config["dry_run"]:
         return
