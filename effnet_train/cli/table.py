@@ -93,7 +93,7 @@ def networks(cfg: DictConfig, number: int) -> int:
         status = table_runs.train_missing(table, f"table{number}", config)
         if config["run"] == "plan" or status == PREEMPTED_EXIT_CODE:
             return status
-    words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
+    words = [text for text in config["overrides"] if text.startswith(("recipe=", "debug=", "model."))]
     changed = paper.change_networks(table["rows"], words)
     asked = table_runs.data_asked_for(config["overrides"])
     runs = paper.finished_runs(config["run_root"], table_runs.steps_asked_for(config["overrides"]))
