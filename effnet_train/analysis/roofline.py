@@ -79,13 +79,15 @@ def _best(function: Callable[[], object], device: str) -> float:
 
 # Parts of the operators' names, the first that fits; a convolution is looked at once more.
 _KINDS: Mapping[str, tuple[str, ...]] = {
+    "convolution, depthwise": ("NormActDepthwise",),  # with BatchNorm and activation of its input
+    "gate and projection": ("NormActProject",),  # with BatchNorm and activation before them
     "convolution": ("conv",),
-    "normalisation": ("batch_norm", "norm_swish", "NormSwish"),
+    "normalisation": ("batch_norm", "norm_swish", "NormSwish", "NormAct"),
     "padding": ("pad", "flip"),
     "optimizer and average": ("Optimizer", "_foreach", "lerp", "addcmul", "addcdiv", "sqrt"),
     "activation, gate, residual": ("silu", "sigmoid", "mul", "mean", "sum", "add", "where", "div"),
     "compiled": ("triton", "CompiledFx", "Torch-Compiled", "graph_"),
-    "classifier": ("mm",),
+    "matrix products": ("mm",),
     "copies": ("copy", "clone", "contiguous", "fill", "zero", "empty", "to"),
 }
 
@@ -96,6 +98,8 @@ def by_kind(run: Callable[[], object], device: str) -> dict[str, float]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities, record_shapes=True) as found:
         run()
+        if device == "cuda":
+            torch.cuda.synchronize()  # what is under way when the profile ends is not in it
     times: dict[str, float] = {}
     for event in found.key_averages(group_by_input_shape=True):
         spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total

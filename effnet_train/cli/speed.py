@@ -193,7 +193,10 @@ def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device"
             "peak_mib": round(peaks[case.name] / 2**20, 1) if config["memory"] else None,
             "floor": {"flops": least.flops, "bytes": least.bytes, "ms": round(1000 * least.seconds, 3)},
             "times_floor": round(seconds / least.seconds, 2),
-            "kinds": roofline.by_kind(works[case.name].run, case.device) if config["kinds"] else None,
+            # A graph hides which layer started a kernel.
+            "kinds": roofline.by_kind(works[case.name].run, case.device)
+            if config["kinds"] and case.mode != "graph"
+            else None,
             "runs_ms": [round(1000 * value, 3) for value in times[case.name]],
         }
         rows.append(row)

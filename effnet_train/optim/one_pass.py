@@ -31,7 +31,8 @@ class OnePass:
         self.ema = ema
         self._kernel: Any = None
         self._parts: list[tuple[int, tuple[Any, ...]]] = []
-        self._rest: list[tuple[Tensor, Tensor]] = []  # averages of what the optimizer does not have
+        # Averages of what the optimizer does not have, what they follow, and ones of the same shape.
+        self._rest: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
 
     @torch.no_grad()
     def __call__(self, rate: Tensor, follow: Tensor) -> None:
@@ -44,11 +45,9 @@ class OnePass:
         for programs, arguments in self._parts:
             tables, scalars = arguments
             self._kernel[(programs,)](*tables, rate, follow, *scalars, BLOCK=_BLOCK)
-        if self._rest:
-            averages, sources = map(list, zip(*self._rest, strict=True))
-            differences = torch._foreach_sub(sources, averages)
-            torch._foreach_mul_(differences, follow)
-            torch._foreach_add_(averages, differences)
+        averages, sources, ones = self._rest
+        if averages:  # with a weight for each number, as only so the weight may be read from memory
+            torch._foreach_lerp_(averages, sources, torch._foreach_mul(ones, follow))
 
     def count(self) -> None:
         """Count a step, as the optimizer does for each of its tensors."""
@@ -70,7 +69,8 @@ class OnePass:
             decays = torch.full((len(tensors),), group["weight_decay"], dtype=torch.float32, device=device)
             scalars = group["alpha"], group["momentum"], group["eps"]
             self._parts.append((len(blocks), ((addresses, sizes, decays, owners, starts), scalars)))
-        self._rest = [(average, source) for average, source in self.ema.pairs() if source.data_ptr() in averages]
+        rest = [(average, source) for average, source in self.ema.pairs() if source.data_ptr() in averages]
+        self._rest = [a for a, _ in rest], [s for _, s in rest], [torch.ones_like(a) for a, _ in rest]
         self._kernel = update
 
     def _state(self, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,11 @@ def update(
     square += (1.0 - alpha) * (gradient * gradient - square)
     moved = momentum * tl.load(momenta, mask=inside) + tl.load(rate) * gradient / tl.sqrt(square + eps)
     weight -= moved
-    average = tl.load(averages, mask=inside)
+    average, way = tl.load(averages, mask=inside), tl.load(follow)
+    # From the nearer end, as torch's lerp does it: with no average to keep, it is the weight to the last bit.
+    near, far = average + way * (weight - average), weight - (1.0 - way) * (weight - average)
     tl.store(weights, weight, mask=inside)
     tl.store(squares, square, mask=inside)
     tl.store(momenta, moved, mask=inside)
-    tl.store(averages, average + tl.load(follow) * (weight - average), mask=inside)
+    tl.store(averages, tl.where(way < 0.5, near, far), mask=inside)
     tl.store(gradients, tl.zeros([BLOCK], tl.float32), mask=inside)

@@ -8,6 +8,7 @@ from effnet_train.analysis import roofline, startup, throughput
 from effnet_train.analysis.complexity import complexity
 from effnet_train.analysis.roofline import Device
 from effnet_train.analysis.throughput import Case, Work
+from effnet_train.engine import graph
 from effnet_train.models.efficientnet import EfficientNet
 
 CONFIG = {"width": 1.0, "depth": 1.0, "resolution": 224, "dropout": 0.2, "drop_connect": 0.2}
@@ -36,6 +37,11 @@ def test_all_are_measured_in_turn_and_ratios_are_within_a_round(monkeypatch):
     assert throughput.ratios(times, "timm") == pytest.approx({"timm": 1.0, "ours": 2.0})
     drifting = {"timm": [1.0, 2.0, 9.0], "ours": [0.5, 1.0, 4.5]}
     assert throughput.ratios(drifting, "timm")["ours"] == 2.0
+
+
+def test_a_graph_is_captured_before_time_is_taken():
+    eager, capture = graph._EAGER_STEPS, 1
+    assert throughput._FIRST_CALLS["cuda"] > eager + capture  # the last of them says how long a call takes
 
 
 @pytest.mark.parametrize("library", throughput.LIBRARIES)

@@ -68,6 +68,16 @@ def test_it_is_the_optimizer_and_the_average() -> None:
     assert results[1]["slots"][0]["step"] == 4
 
 
+def test_without_an_average_it_is_the_model_to_the_last_bit() -> None:
+    model = network()
+    optimizer, ema = make(model)
+    ema.decay = 0.0
+    for average, _ in ema.pairs():
+        average.fill_(1000.1)  # so far away that the difference has lost digits
+    advance(model, optimizer, ema, OnePass(optimizer, ema), range(1, 4))
+    torch.testing.assert_close(ema.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_going_on_is_exact_and_the_state_dicts_are_the_same() -> None:
     model = network()
     optimizer, ema = make(model)

@@ -37,7 +37,12 @@ class Gate(NamedTuple):
 
 
 def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
-    """Return mean, variance and 1 / deviation (3, C) of x and of what other ranks share; move the running ones."""
+    """Return mean, variance and 1 / deviation (3, C) of x and of what other ranks share; move the running ones.
+
+    Raises ValueError for a single value a channel, as the plain layer does.
+    """
+    if norm.reduce_statistics is None and _rows(x) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     partial = launch.moments(x) if partial is None else partial
     if norm.reduce_statistics is None:
         return launch.finish_moments(partial, x, norm, norm.momentum)

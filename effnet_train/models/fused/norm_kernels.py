@@ -316,7 +316,7 @@ def norm_sums(
     BC: tl.constexpr,
 ):
     """Leave sums of b's gradient, and of it times the normalised x, in `partial` (2, programs, C)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     start = program * chunk

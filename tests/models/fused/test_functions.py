@@ -150,6 +150,13 @@ def test_frozen_statistics_stay(device: torch.device) -> None:
     torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
 
 
+def test_a_single_value_a_channel_is_refused_as_by_the_plain_layer(device: torch.device) -> None:
+    module = randomised(conv_norm("swish"), device)
+    for fused in (False, True):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            norm_act(module, numbers(1, 5, 1, 1, device=device), fused=fused)
+
+
 # --- depthwise convolution
 
 

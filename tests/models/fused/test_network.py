@@ -7,6 +7,7 @@ import torch
 from timm.optim.rmsprop_tf import RMSpropTF
 from torch import Tensor, nn
 
+from effnet_train.analysis import roofline
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
@@ -85,6 +86,15 @@ def test_a_step(device: torch.device, checkpointing: bool) -> None:
     assert losses == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(fused.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fused.ema.state_dict(), plain.ema.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("large_blocks")
+def test_the_time_of_fused_layers_has_its_kinds(device: torch.device) -> None:
+    network = EfficientNet(width=0.25, depth=0.25, num_classes=4, fused=True).to(device).train()
+    images = torch.randn(2, 3, 32, 32, device=device)
+    shares = roofline.by_kind(lambda: network(images).sum().backward(), device.type)
+    assert {"convolution, depthwise", "gate and projection", "normalisation"} <= shares.keys()
+    assert shares.get("other", 0) < 0.3
 
 
 @pytest.mark.slow
