@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from effnet_train.models import fused as kernels
 from effnet_train.models.layers import ConvNorm, SqueezeExcite, Style
-from effnet_train.models.network import Block, Network, initialise, stack
+from effnet_train.models.network import Block, Network, adds_input, initialise, stack
 from effnet_train.models.scaling import EFFICIENTNET_B0, Stage, round_channels, scale
 
 HEAD_CHANNELS = 1280
@@ -15,17 +15,16 @@ HEAD_CHANNELS = 1280
 class MBConv(Block):
     """Expand, convolve every channel by itself, gate the channels, project back, add the input where shapes allow."""
 
-    def __init__(self, shape: Stage, *, se_ratio: float, rate: float, style: Style) -> None:
-        super().__init__(shape, rate=rate, skip=shape.stride == 1 and shape.in_channels == shape.out_channels)
-        self.fused = style.fused
+    def __init__(self, shape: Stage, *, se_ratio: float, rate: float, style: Style, skip: str = "identity") -> None:
+        super().__init__(shape, rate=rate, skip=adds_input(shape, skip))
+        # The kernels add the input as it is.
+        self.fused: kernels.Fused = False if skip == "pool" else style.fused
         expanded = shape.in_channels * shape.expand_ratio
         self.expand = ConvNorm(shape.in_channels, expanded, style=style) if shape.expand_ratio > 1 else nn.Identity()
         self.depthwise = ConvNorm(
             expanded, expanded, kernel=shape.kernel, stride=shape.stride, groups=expanded, style=style
         )
-        # The gate is as narrow as the block's input asks for, not as the expanded tensor would.
-        squeezed = max(1, int(shape.in_channels * se_ratio))
-        self.squeeze_excite = SqueezeExcite(expanded, squeezed, style=style) if se_ratio > 0 else nn.Identity()
+        self.squeeze_excite = gate(expanded, shape.in_channels, se_ratio, style)
         self.project = ConvNorm(expanded, shape.out_channels, style=style, activate=False)
 
     @property
@@ -45,6 +44,15 @@ class MBConv(Block):
 
         parts = self.expand, self.depthwise, self.squeeze_excite, self.project
         return block(*parts, x, skip=self.skip, u=u, rate=0.0 if u is None else self.rate)
+
+
+def gate(channels: int, in_channels: int, se_ratio: float, style: Style) -> nn.Module:
+    """Return the squeeze-excite of a block that takes `in_channels`, or the identity for a ratio of 0.
+
+    It is as narrow as the block's input asks for, not as the `channels` that it scales would.
+    """
+    squeezed = max(1, int(in_channels * se_ratio))
+    return SqueezeExcite(channels, squeezed, style=style) if se_ratio > 0 else nn.Identity()
 
 
 class EfficientNet(Network):

@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from effnet_train.models.layers import ConvNorm, MaxPool2d, drop_connect, dropout, frozen_statistics, uniform
 from effnet_train.models.scaling import Stage
+
+# What a block adds its input to: its output where shapes allow, its output whatever the shapes, nothing.
+SKIPS = ("identity", "pool", "none")
 
 
 class Block(nn.Module):
@@ -43,7 +47,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Map (N, C, H, W); in training `u` (N,), uniform in [0, 1), decides which samples only skip."""
         y = self.transform(x)
-        return x + self.dropped(y, u) if self.skip else y
+        return pooled(x, self.shape) + self.dropped(y, u) if self.skip else y
+
+
+def adds_input(shape: Stage, skip: str) -> bool:
+    """Say whether a block of that shape has a skip, by one of SKIPS."""
+    return skip == "pool" or (skip == "identity" and shape.stride == 1 and shape.in_channels == shape.out_channels)
+
+
+def pooled(x: Tensor, shape: Stage) -> Tensor:
+    """Map a block's input to the shape of its output: averaged over the stride, channels cut off or added as zeros."""
+    if shape.stride > 1:
+        x = F.avg_pool2d(x, shape.stride, ceil_mode=True)
+    added = shape.out_channels - shape.in_channels
+    return F.pad(x, (0, 0, 0, 0, 0, added)) if added else x
 
 
 class TableRow(NamedTuple):

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from effnet_train.analysis.complexity import complexity
 from effnet_train.models.efficientnet import EfficientNet
+from effnet_train.models.mnasnet import MNASNET_A1, MnasNet
 from effnet_train.models.mobilenet import MobileNetV1, MobileNetV2
 from effnet_train.models.resnet import ResNet
 from effnet_train.models.scaling import compound
@@ -48,12 +49,21 @@ def test_variant_is_the_published_one(row: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("efficientnet", EfficientNet), ("mobilenet_v1", MobileNetV1), ("mobilenet_v2", MobileNetV2), ("resnet", ResNet)],
+    [
+        ("efficientnet", EfficientNet),
+        ("mnasnet", MnasNet),
+        ("mobilenet_v1", MobileNetV1),
+        ("mobilenet_v2", MobileNetV2),
+        ("resnet", ResNet),
+    ],
 )
 def test_baseline_holds_every_default_of_the_constructor(name: str, kind: type) -> None:
     cfg = dict(load(name))
     assert cfg.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
     parameters = inspect.signature(kind).parameters
+    assert tuple(cfg.get("stages", MNASNET_A1)) == MNASNET_A1
+    if "stages" in cfg:
+        cfg["stages"] = MNASNET_A1
     assert cfg == {name: p.default for name, p in parameters.items() if name != "num_classes"}
 
 
