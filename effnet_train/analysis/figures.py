@@ -71,7 +71,7 @@ def accuracy_figure(
     _points(axes, line, color=ORANGE, marker="o", label="EfficientNet, from the paper", line="-")
     if trained:
         _points(axes, trained, color=BLUE, marker="*", label="trained here", size=13, hollow=False)
-    _dress(axes, label, "ImageNet top-1")
+    dress(axes, label, "ImageNet top-1")
     axes.legend(loc="lower right", frameon=False, fontsize=10)
     axes.set_title(title, fontsize=13, fontweight="bold", loc="left")
     axes.margins(x=0.12, y=0.08)
@@ -101,7 +101,7 @@ def transfer_figure(
         runs = trained.get(name, ())
         if runs:
             _points(axes, runs, color=BLUE, marker="*", label="trained here", size=13, hollow=False)
-        _dress(axes, "", "")
+        dress(axes, "", "")
         axes.set_title(name, fontsize=11, loc="left")
         axes.set_xlim(2, 1500)
         low, high = axes.get_ylim()
@@ -137,7 +137,7 @@ def single_dimensions_figure(found: Sequence[Family]) -> "Figure":
             color, marker = _STYLES[method]
             points = [_of(member, _factor_name(member, method)) for member in family.by(method)]
             _points(axes, points, color=color, marker=marker, line="-", hollow=False)
-            _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
+            dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
             axes.set_title(method, fontsize=11, loc="left")
             axes.margins(x=0.15, y=0.15)
             drawn.append((axes, points, color))
@@ -193,7 +193,7 @@ def _panels(found: Sequence[Family]) -> tuple["Figure", Sequence["Axes"]]:
 
 
 def _finish_family(axes: "Axes", family: Family) -> None:
-    _dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
+    dress(axes, "Multiply-adds, millions", f"Top-1 on {family.base.scores.first.data.name}")
     axes.set_title(family.name, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=10, loc="best")
     axes.margins(x=0.08, y=0.12)
@@ -262,7 +262,8 @@ def _points(
     )
 
 
-def _dress(axes: "Axes", x_label: str, y_label: str) -> None:
+def dress(axes: "Axes", x_label: str, y_label: str) -> None:
+    """Label the axes, of which the vertical one is in per cent, and keep their lines in the background."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xlabel(x_label, fontsize=12)

@@ -1,4 +1,4 @@
-"""How long a network takes an image: batch 1, one thread, networks in turn."""
+"""How long a network takes an image: batch 1, on one thread or a GPU, networks in turn."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,23 +15,27 @@ def measure(
     rounds: int = 20,
     warmup: int = 2,
     threads: int = 1,
+    device: str = "cpu",
     told: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the forward pass of each network on one random image of its resolution, on the CPU in float32.
+    """Time the forward pass of each network on one random image of its resolution, in float32.
 
     In each round all are measured in turn, so that a machine that gets slower does so for all. Returns mean, median
     and the single times by name, in seconds. The number of threads is what it was afterwards.
     """
+    place = torch.device(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ready = {name: _ready(model, size) for name, (model, size) in networks.items()}
+        ready = {name: _ready(model, size, place) for name, (model, size) in networks.items()}
         times: dict[str, list[float]] = {name: [] for name in networks}
         with torch.inference_mode():
             for number in range(warmup + rounds):
                 for name, (model, images) in ready.items():
                     start = perf_counter()
                     model(images)
+                    if place.type == "cuda":
+                        torch.cuda.synchronize(place)
                     if number >= warmup:
                         times[name].append(perf_counter() - start)
                 told(f"round {number + 1} of {warmup + rounds}")
@@ -47,8 +51,9 @@ def measure(
     }
 
 
-def _ready(model: nn.Module, resolution: int) -> tuple[nn.Module, torch.Tensor]:
+def _ready(model: nn.Module, resolution: int, place: torch.device) -> tuple[nn.Module, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, 3, resolution, resolution, generator=generator)
     # The layout in which the CPU's convolutions are at their fastest, as in our evaluation.
-    return model.eval().to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    layout = torch.channels_last
+    return model.eval().to(place).to(memory_format=layout), images.to(place).to(memory_format=layout)

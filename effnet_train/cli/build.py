@@ -31,6 +31,7 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "": (
             "effnet_train.models.efficientnet.EfficientNet",
             *(f"effnet_train.models.mobilenet.{name}" for name in ("MobileNetV1", "MobileNetV2")),
+            "effnet_train.models.mnasnet.MnasNet",
             "effnet_train.models.resnet.ResNet",
         )
     },

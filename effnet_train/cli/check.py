@@ -132,6 +132,19 @@ SCALE_SEARCH: Mapping[str, Any] = {
     "seeds": list[int] | None,
     "jobs": int | Literal["auto"],
 }
+SEARCH_RUN: Mapping[str, Any] = {
+    **TRAIN,
+    **dict.fromkeys(("space", "searcher"), Mapping),
+    **dict.fromkeys(("trials", "round", "attempts", "max_failures"), int),
+    "reward": "effnet_train.search.reward.Reward",
+    "limits": "effnet_train.search.run.Limits",
+    "latency_device": str,
+    "jobs": int | Literal["auto"],
+    "trial_limit_s": float | None,
+    "keep_weights": bool,
+}
+SEARCH_REPORT: Mapping[str, Any] = {"search": str | list[str], "top": int, "output": str | None}
+SEARCH_EXPORT: Mapping[str, Any] = {"search": str, "trial": int | Literal["best"], "output": str | None}
 BENCH_COMPLEXITY: Mapping[str, Any] = {
     "model": Mapping,
     "models": list[str] | None,
@@ -178,6 +191,8 @@ _GIVEN: Mapping[str, str] = {
     "model.num_classes": "the data set's number of classes is taken",
     "optim.lr": "the schedule gives it, set schedule.lr_per_256",
     "optim.params": "the model gives them",
+    "searcher.sizes": "the space gives them",
+    "searcher.seed": "it is the run's, set seed",
 }
 _LEAST: Mapping[str, int] = {
     **dict.fromkeys(
@@ -197,6 +212,11 @@ _LEAST: Mapping[str, int] = {
             "count",
             "multiple",
             "jobs",
+            "trials",
+            "round",
+            "attempts",
+            "max_failures",
+            "trial_limit_s",
         ),
         1,
     ),

@@ -3,15 +3,14 @@
 import math
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.app import CONFIG_DIR, jobs
-from effnet_train.cli.outputs import make_place, writing
+from effnet_train.cli.app import jobs
+from effnet_train.cli.model_file import checked_output, write
 
 _TARGETS = ("phi", "flops", "params", "latency_ms")
 
@@ -41,7 +40,7 @@ def apply(cfg: DictConfig) -> None:
     base, choice = config["model"], str(HydraConfig.get().runtime.choices["model"])
     coefficients = Coefficients(config["alpha"], config["beta"], config["gamma"])
     compound(0, coefficients.alpha, coefficients.beta, coefficients.gamma)  # refuses them in one place
-    file = _checked_output(config["output"])
+    file = checked_output(config["output"])
     phi = config["phi"] if target == "phi" else _solve(config, coefficients, target)
     dimensions = scaled(base, coefficients, phi, multiple=config["multiple"])
     here, there = (cost_of(base | part, config["num_classes"]) for part in (dimensions, {}))
@@ -77,7 +76,7 @@ def apply(cfg: DictConfig) -> None:
     if file is None:
         print(f"\n{text}", end="")
     else:
-        _write(file, text)
+        write(file, text)
 
 
 def _target(config: Mapping[str, Any]) -> str:
@@ -160,33 +159,6 @@ def _overridden_keys() -> list[str]:
     """Return the model's keys that the command line set."""
     words = [text.lstrip("+") for text in HydraConfig.get().overrides.task]
     return [text.partition("=")[0].removeprefix("model.") for text in words if text.startswith("model.")]
-
-
-def _checked_output(output: str | None) -> Path | None:
-    """Return where the file goes. Raises ValueError where no command would find it there."""
-    if output is None:
-        return None
-    file = Path(output)
-    if file.suffix != ".yaml" or file.absolute().parent.name != "model":
-        raise ValueError(
-            f"output={output}: give a .yaml in a folder named model, as output=nets/model/mine.yaml, so that "
-            "effnet-train --config-dir nets model=mine finds it"
-        )
-    shipped = CONFIG_DIR / "model" / file.name
-    if shipped.exists() and file.absolute().parent.resolve() != shipped.parent.resolve():
-        raise ValueError(f"output={output}: model={file.stem} is one of ours, which would be taken instead: rename it")
-    make_place("output", file)
-    return file
-
-
-def _write(file: Path, text: str) -> None:
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"output={file} holds another network: remove it, or give another name")
-    with writing("output", file):
-        file.write_text(text, encoding="utf-8")
-    folder = file.absolute().parent.parent
-    where = "" if folder.resolve() == CONFIG_DIR.resolve() else f"--config-dir {file.parent.parent} "
-    print(f"\nwritten to {file}: effnet-train {where}model={file.stem} ...")
 
 
 JOBS: Mapping[str, Callable[[DictConfig], None]] = {"search": search, "apply": apply}

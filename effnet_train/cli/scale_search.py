@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
 from effnet_train.cli.build import build_data, build_model
-from effnet_train.cli.launch import training_command
+from effnet_train.cli.launch import config_dir_words, is_remote, training_command, words_beside
 from effnet_train.cli.lock import locked
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import write_bytes
@@ -93,7 +93,7 @@ def _train(
 ) -> None:
     """Train what has not been trained yet, and rank. Raises SystemExit as `search` does."""
     trials = {(one.name, seed): _trial(one, seed, folder, config) for one in kept for seed in seeds}
-    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if _is_remote() else 1)
+    jobs = config["jobs"] if config["jobs"] != "auto" else (len(trials) if is_remote() else 1)
     with stop_signals() as asked:
         failed = run_trials(list(trials.values()), jobs=jobs, told=lambda text: print(text, flush=True), asked=asked)
     rows = _rows(kept, seeds, trials, failed, base)
@@ -193,37 +193,10 @@ def _words(one: Candidate) -> str:
 
 def _trial(one: Candidate, seed: int, folder: Path, config: Mapping[str, Any]) -> Trial:
     """Return the `effnet-train` of a candidate: the words of this command line, with its own in their place."""
-    hydra_cfg = HydraConfig.get()
-    choices, words = hydra_cfg.runtime.choices, list(hydra_cfg.overrides.task)
-    keys = [text.lstrip("+~").partition("=")[0] for text in words]
-    taken = {*_OWN, "dry_run", "name", "run_root", *(f"model.{key}" for key in DIMENSIONS)}
-    own = [text for text, key in zip(words, keys, strict=True) if key not in taken]
-    own += [] if "recipe" in keys else [f"recipe={choices['recipe']}"]
     place = folder / f"{one.name}-seed{seed}"
-    own += [f"model.{key}={value}" for key, value in one.dimensions.items()]
-    # A sweep of one adds its overrides to its folder's name, which is found in a folder of its own.
-    root = place if _is_remote() else folder
-    own += [f"seed={seed}", f"name={place.name}", f"run_root={_quoted(str(root))}"]
-    if _is_remote():
-        own = ["-m", *own, *(text for text in hydra_cfg.overrides.hydra if text.startswith("hydra.launcher."))]
-    own += _config_dir()
-    return Trial(f"{one.name}, seed {seed}", place, training_command(own), config["max_steps"])
-
-
-def _is_remote() -> bool:
-    """Say whether trainings are submitted somewhere by a launcher of Hydra's."""
-    return bool(HydraConfig.get().runtime.choices.get("cluster", "local") != "local")
-
-
-def _config_dir() -> list[str]:
-    """Return the words that name a folder of configurations of the user's own."""
-    sources = HydraConfig.get().runtime.config_sources
-    found = [source.path for source in sources if source.provider == "command-line"]
-    return [word for path in found for word in ("--config-dir", path)]
-
-
-def _quoted(path: str) -> str:
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    own = [*(f"model.{key}={value}" for key, value in one.dimensions.items()), f"seed={seed}"]
+    words = words_beside(own, (*_OWN, *(f"model.{key}" for key in DIMENSIONS)), place, ("recipe",))
+    return Trial(f"{one.name}, seed {seed}", place, training_command(words), config["max_steps"])
 
 
 def _rows(
@@ -304,7 +277,7 @@ def _table(rows: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str,
         own = [text for text in given if text.startswith("model.") and text.partition("=")[0] not in sizes]
         values = {**sizes, **{key: best[key] for key in ("alpha", "beta", "gamma")}}
         values |= {"multiple": config["multiple"], "num_classes": classes}
-        words = [*_config_dir(), f"model={hydra_cfg.runtime.choices['model']}", *own]
+        words = [*config_dir_words(), f"model={hydra_cfg.runtime.choices['model']}", *own]
         words += [f"{key}={value}" for key, value in values.items()]
         lines.append(f"the best, scaled further: effnet-scale apply {shlex.join(words)} phi=2")
     return lines

@@ -1,6 +1,8 @@
 """Trainings as processes, a few at a time: their results, or why there are none."""
 
 import itertools
+import math
+import os
 import re
 import shlex
 import signal
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from effnet_train.analysis.runs import Run, find_runs, of_length
 from effnet_train.distributed import STOP_SIGNALS
@@ -19,6 +22,7 @@ from effnet_train.distributed import STOP_SIGNALS
 LOG = "log.txt"
 _STARTED = "\n$ "  # and the command: what a start writes to the log, before all else
 _POLL_S = 0.2
+LEAVING_S = 60.0  # for what was asked to stop, as it took too long
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,12 @@ class Trial:
         found, _ = of_length(find_runs(self.folder)[0], self.max_steps)
         return found[0] if found else None
 
-    def start(self) -> "subprocess.Popen[bytes]":
-        """Start the training, whose output goes to its log."""
+    def start(self, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+        """Start the training, whose output goes to its log; `environment` is added to this process's."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"{_STARTED}{shlex.join(self.command)}\n")
-        return start(self.command, self.folder / LOG)
+        return start(self.command, self.folder / LOG, environment)
 
     def reason(self, status: int) -> str:
         """Return why the process left with `status`: its error, else the last line of its log."""
@@ -90,16 +94,20 @@ def run_all(
     jobs: int,
     asked: Sequence[int],
     ended: Callable[[str, int], None],
+    limit_s: float | None = None,
 ) -> None:
     """Run processes that `start` starts, `jobs` at a time; tell the name and the exit status of each that ended.
 
-    Each signal that comes to be in `asked` is handed on to those that run, and no more begin.
+    Each signal that comes to be in `asked` is handed on to those that run, and no more begin. What runs for longer than
+    `limit_s` is asked to stop, and is killed if it does not.
     """
     waiting, running, handed = dict(starts), dict[str, subprocess.Popen[bytes]](), 0
+    ends, late = dict[str, float](), set[str]()
     while running or (waiting and not asked):
         while waiting and len(running) < jobs and not asked:
             name = next(iter(waiting))
             running[name] = waiting.pop(name)()
+            ends[name] = time.monotonic() + (math.inf if limit_s is None else limit_s)
         new, handed = asked[handed:], len(asked)
         for process, number in itertools.product(running.values(), new):
             process.send_signal(number)
@@ -109,18 +117,28 @@ def run_all(
                 assert process.stdin is not None
                 process.stdin.close()
                 ended(name, running.pop(name).returncode)
+            elif time.monotonic() > ends[name]:
+                process.send_signal(signal.SIGKILL if name in late else signal.SIGTERM)
+                late.add(name)
+                ends[name] = time.monotonic() + LEAVING_S
 
 
-def start(command: Sequence[str], log: Path | None = None) -> "subprocess.Popen[bytes]":
+def start(
+    command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
     """Start a process whose standard input ends when this one does, however it dies; its output goes after `log`'s.
 
     It is in a session of its own: a terminal's Ctrl-C comes to it once, through us.
     """
-    pipe = subprocess.PIPE
+    how: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "start_new_session": True,
+        "env": {**os.environ, **(environment or {})},
+    }
     if log is None:
-        return subprocess.Popen(command, stdin=pipe, start_new_session=True)
+        return subprocess.Popen(command, **how)
     with log.open("ab") as file:
-        return subprocess.Popen(command, stdin=pipe, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **how)
 
 
 @contextmanager

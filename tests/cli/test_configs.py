@@ -1,6 +1,7 @@
 """Every option of every group composes, and every key in it is an argument of what it builds."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,26 @@ def test_every_group_has_its_turns() -> None:
         "model",
         "recipe",
         "preprocess",  # by data
+        *("space", "searcher"),  # of effnet-search
         "tables",  # the paper's, no choices
         "hydra",
     }
+
+
+@pytest.mark.parametrize("space", options("space"))
+@pytest.mark.parametrize("searcher", options("searcher"))
+def test_every_space_and_every_searcher_are_their_constructors_arguments(
+    compose: Compose, space: str, searcher: str
+) -> None:
+    config = compose("search_run", f"space={space}", f"searcher={searcher}", "data.root=x")
+    assert_arguments_accepted(config)
+    check.check_config(config, check.SEARCH_RUN)
+    sizes = instantiate(config["space"], _convert_="all").sizes
+    assert len(instantiate(config["searcher"], sizes=sizes, seed=0).ask(1)[0]) == len(sizes)
+    # What a user leaves away is what stands in the YAML.
+    defaults = {name: p.default for name, p in inspect.signature(target(config["searcher"])).parameters.items()}
+    own = {key: value for key, value in config["searcher"].items() if key != "_target_"}
+    assert own == {key: value for key, value in defaults.items() if key not in ("sizes", "seed")}
 
 
 @pytest.mark.slow
@@ -119,7 +137,9 @@ def test_the_parts_are_built(compose: Compose, overrides: tuple[str, ...]) -> No
         assert isinstance(instantiate(logger), target(logger))
 
 
-@pytest.mark.parametrize(("command", "types"), [("train", check.TRAIN), ("eval", check.EVAL)])
+@pytest.mark.parametrize(
+    ("command", "types"), [("train", check.TRAIN), ("eval", check.EVAL), ("search_run", check.SEARCH_RUN)]
+)
 def test_the_checks_know_the_top_level_keys_and_no_others(compose: Compose, command: str, types: dict) -> None:
     assert compose(command).keys() == types.keys()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from effnet_train.cli import bench, data, plot, scale, table
+from effnet_train.cli import bench, data, plot, scale, search, table
 from effnet_train.cli.app import CONFIG_DIR
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,12 @@ def roots_of(words: list[str]) -> tuple[str, list[str]]:
         return plot.FIGURES[job][0], overrides
     if name == "effnet-table":
         return table.TABLES[job][0], overrides
-    jobs: dict[str, Any] = {"effnet-scale": scale.JOBS, "effnet-bench": bench.JOBS, "effnet-data": data.JOBS}
+    jobs: dict[str, Any] = {
+        **{"effnet-scale": scale.JOBS, "effnet-bench": bench.JOBS, "effnet-data": data.JOBS},
+        "effnet-search": search.JOBS,
+    }
     assert job in jobs[name]
-    return f"{name.removeprefix('effnet-')}_{job}", overrides
+    return f"{name.removeprefix('effnet-')}_{job}", [word for word in overrides if word != "best"]
 
 
 def test_the_page_names_things() -> None:

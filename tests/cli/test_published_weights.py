@@ -130,6 +130,6 @@ def test_training_with_other_settings_than_the_weights_is_refused(
 def test_the_variants_are_what_hydra_composes(compose: Callable[..., dict[str, Any]]) -> None:
     variants = model_variants()
     efficientnets = {*(f"b{number}" for number in range(8)), *(f"lite{number}" for number in range(5)), "nano"}
-    assert set(variants) == efficientnets | {"mobilenet_v1", "mobilenet_v2", "resnet50", "resnet152"}
+    assert set(variants) == efficientnets | {"mnasnet", "mobilenet_v1", "mobilenet_v2", "resnet50", "resnet152"}
     for name in ("b0", "b7", "lite3", "nano", "mobilenet_v2", "resnet152"):
         assert variants[name] == compose("train", f"model={name}", "recipe=efficientnet")["model"]

@@ -275,6 +275,19 @@ def test_the_candidates_of_a_search_are_jobs(cluster: dict[str, str], tmp_path: 
     assert len(list((tmp_path / "runs/found").rglob("*_submission.sh"))) == 2
 
 
+def test_the_trials_of_an_architecture_search_are_jobs(cluster: dict[str, str], tmp_path: Path) -> None:
+    space = ("space=small", "trials=3", "round=2", "searcher=random", "name=found")
+    options = ("cluster=slurm", "hydra.launcher.timeout_min=30", "hydra.launcher.partition=all")
+    tiny = [text for text in TINY if not text.startswith("model.")]
+    command = [sys.executable, "-m", "effnet_train.cli.search", "run", *tiny, *space, "max_steps=4", *options]
+    found = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=400)
+    assert found.returncode == 0, found.stdout + found.stderr
+    entries = [json.loads(line) for line in (tmp_path / "runs/found/trials.jsonl").read_text().splitlines()]
+    assert [entry["status"] for entry in entries] == ["trained"] * 3
+    own = sum(entry["same_as"] is None for entry in entries)
+    assert len(list((tmp_path / "runs/found").rglob("*_submission.sh"))) == own
+
+
 def test_a_preempted_job_is_requeued(cluster: dict[str, str], tmp_path: Path, whole: Path) -> None:
     """By a job of a partition that goes before: SLURM sends SIGTERM and gives it a minute."""
     number = submit(cluster, tmp_path, "name=parts", *PARTS, options=("--exclusive",))

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
+from effnet_train.search import trials
 from effnet_train.search.trials import Trial, run_all, run_trials, start
 
 SAYS_SIGNALS = """
@@ -103,3 +106,24 @@ def test_a_training_that_does_not_leave_when_its_parent_is_dead_is_ended(tmp_pat
         process.kill()
     wait_for(lambda: says(log, "1 s after its parent's death this training has not left"), 10)
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text(), 5)
+
+
+def test_what_takes_too_long_is_asked_to_stop_and_then_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "LEAVING_S", 0.5)
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    )
+    codes = {"quick": "", "hears": "import time; time.sleep(60)", "deaf": deaf}
+    starts = {name: partial(start, [sys.executable, "-c", code], tmp_path / name) for name, code in codes.items()}
+    ended: dict[str, int] = {}
+    run_all(starts, jobs=3, asked=[], ended=ended.__setitem__, limit_s=4)
+    assert ended == {"quick": 0, "hears": -signal.SIGTERM, "deaf": -signal.SIGKILL}
+
+
+def test_a_training_may_have_variables_of_its_own(tmp_path: Path) -> None:
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], 'PATH' in os.environ)"
+    trial = Trial("one", tmp_path, (sys.executable, "-c", code))
+    with trial.start({"CUDA_VISIBLE_DEVICES": "3"}) as process:
+        assert process.stdin is not None
+        process.wait()
+    assert (tmp_path / "log.txt").read_text().endswith("3 True\n")
