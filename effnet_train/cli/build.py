@@ -104,6 +104,13 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return turn(model, device.type == "cpu").to(device).to(memory_format=torch.channels_last)
 
 
+def for_training(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """Place `model`, in training mode but for what is frozen."""
+    model = place(model, device).train()
+    instantiate(cfg.freeze)(model)
+    return model
+
+
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over `model`'s parameter groups; the step sets the learning rate."""
     arguments = cfg.copy()  # which still knows its place in the configuration, for messages
@@ -277,7 +284,19 @@ def load_model(
 
 
 def check_start(cfg: DictConfig) -> None:
-    """Raise ValueError where a new classifier is asked for and no weights to put it on."""
+    """Raise ValueError where weights are needed to start from and none are given; or freezing needs plain layers."""
+    freeze = instantiate(cfg.freeze)
+    if freeze.batch_norm and cfg.model.get("fused", False) is not False:
+        raise ValueError(
+            f"freeze.batch_norm=true does not go with model.fused={cfg.model.fused}, whose kernels normalise by the "
+            "batch: use model.fused=false"
+        )
+    if (freeze.up_to != 0 or freeze.batch_norm) and cfg.init_from is None:
+        key = f"freeze.up_to={freeze.up_to}" if freeze.up_to != 0 else "freeze.batch_norm=true"
+        raise ValueError(
+            f"{key} would freeze what nobody has trained: give init_from=..., a run's folder, a file, or a name as "
+            "timm:tf_efficientnet_b0.aa_in1k"
+        )
     if cfg.new_classifier and cfg.init_from is None:
         raise ValueError(
             "new_classifier=true needs weights to put it on: give init_from=..., a run's folder, a file, or a name as "
@@ -303,6 +322,13 @@ def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
         told = "; ".join(f"{key} is {one} here and {other} there" for key, (one, other) in differing.items())
         overrides = " ".join(f"{key}={str(other).replace(' ', '')}" for key, (_, other) in differing.items())
         raise ValueError(f"init_from={cfg.init_from} holds weights of other settings ({told}): give {overrides}")
+    here, there = cfg.data.preprocess.resolution, meta["preprocess"]["resolution"]
+    if cfg.freeze.up_to == "last_norm" and here < there:
+        raise ValueError(
+            f"recipe=fixres (freeze.up_to=last_norm) adapts weights to a larger test size: model.resolution={here} is "
+            f"below {there}, at which those of init_from={cfg.init_from} were trained; give at least that, or train at "
+            "less"
+        )
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -117,7 +117,7 @@ def images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session
     """Time the real step on this device, on as many random images as are quick to compute."""
     size = cfg.data.preprocess.resolution
     model = build.build_model(cfg.model, classes)
-    model = build.place(model, session.device).train()
+    model = build.for_training(cfg, model, session.device)
     state = TrainState(
         model,
         EMA(model, cfg.ema_decay),

@@ -199,7 +199,7 @@ def _state(
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
-    model = build.place(model, session.device).train()
+    model = build.for_training(cfg, model, session.device)
     ema = EMA(model, cfg.ema_decay)
     sync_batch_norm(model, session, session.world_size if cfg.sync_bn == "all" else cfg.sync_bn)
     if cfg.compile:

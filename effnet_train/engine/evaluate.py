@@ -37,15 +37,16 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 
 @contextmanager
 def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode, and back into their own."""
-    modes = [(model, model.training) for model in models]
+    """Put models into evaluation mode, and back into their own, which frozen parts may have of theirs."""
+    models = list(models)
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for model, _ in modes:
+        for model in models:
             model.eval()
         yield
     finally:
-        for model, training in modes:
-            model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class OfClasses(nn.Module):
