@@ -47,13 +47,13 @@ EVAL: Mapping[str, Any] = {
     **_SHARED,
     "checkpoint": str | list[str],
     **dict.fromkeys(("weights", "split"), str),
-    "resolution": int | None,
+    "resolution": int | list[int] | None,
     "classes": "effnet_train.data.classes.Match",
     "crops": Literal[1, 5],
     "flip": bool,
     "fold": Literal["auto", True, False],
     "source": str | list[str | None] | None,
-    **dict.fromkeys(("real_labels", "details", "output"), str | None),
+    **dict.fromkeys(("real_labels", "details", "picture", "output"), str | None),
 }
 PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "precision", "device", "backend"), str),

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
+from effnet_train.cli.eval_sweep import check_sweep, report_sweep
 
 if TYPE_CHECKING:  # the commands' help comes without torch
     from torch import nn
@@ -67,14 +68,23 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
         scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
-        results = evaluate_members(
-            [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
-            num_images=len(source),
-            precision=precision,
-            session=session,
-            flip=config["flip"],
-            measure=_measure(config, source, scored),
-        )
+
+        def score(parts: Sequence[Part]) -> "Mapping[str, Metrics]":
+            return evaluate_members(
+                [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
+                num_images=len(source),
+                precision=precision,
+                session=session,
+                flip=config["flip"],
+                measure=_measure(config, source, scored),
+            )
+
+        if isinstance(config["resolution"], list):
+            found = {size: _last(score([first.at(size)])) for size in config["resolution"]}
+            if session.is_main:
+                _write_record(config, [first], report_sweep(config, first, found))
+            return
+        results = score(parts)
         if session.is_main:
             report(config, parts, results)
             if config["details"] is not None:
@@ -117,6 +127,16 @@ class Part:
         """Return the step of the run that they are of; published weights have none."""
         return int(self.meta.get("step", 0))
 
+    @property
+    def whose(self) -> str:
+        """Say where the weights are from."""
+        published = "source" in self.meta
+        return f"weights of {self.which}" if published else f"{self.which} weights of step {self.step:,}"
+
+    def at(self, resolution: int) -> "Part":
+        """Return the same, scored at another resolution."""
+        return replace(self, preprocess=self.preprocess.at(resolution))
+
 
 def _asked(config: Config) -> list[Asked]:
     """Return the checkpoints asked for, one or several. Raises ValueError."""
@@ -158,6 +178,7 @@ def _check_request(config: Config, asked: Sequence[Asked]) -> None:
         if Path(config["details"]).exists() and not Path(config["details"]).is_dir():
             raise ValueError(f"details={config['details']} is a file: give a folder, which is made where it is absent")
         new_figure(1, 1)  # without matplotlib, say so now
+    check_sweep(config, len(asked))
     if config["real_labels"] is not None and config["classes"] == "subset":
         raise ValueError("real_labels= are of all classes of ImageNet: they do not go with classes=subset")
 
@@ -172,7 +193,7 @@ def _load(config: Config, asked: Asked, session: "Session", precision: str) -> P
     exported = asked.file is not None and asked.file.suffix == ".safetensors"
     which = meta.get("source") or ("selected" if exported else config["weights"])
     preprocess = Preprocess(**meta["preprocess"])
-    if config["resolution"] is not None:
+    if isinstance(config["resolution"], int):
         preprocess = preprocess.at(config["resolution"])
     model, network = folded(model, config["fold"], device=session.device, precision=precision)
     return Part(asked.label, asked.file, model, meta, which, preprocess, network)
@@ -275,8 +296,6 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
 
     `results` are those of the members, and where there are several, at the end that of their average.
     """
-    from effnet_train.engine.checkpoint import write_bytes
-
     members = [
         {
             "checkpoint": part.label,
@@ -295,17 +314,23 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
     }
     for part in parts:
-        published = "source" in part.meta
-        whose = f"weights of {part.which}" if published else f"{part.which} weights of step {part.step:,}"
         alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
         print(
-            f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels, {part.network}{alone}"
+            f"{part.label} ({part.whose}), {config['split']} at {part.preprocess.resolution} pixels, "
+            f"{part.network}{alone}"
         )
     _print_scores(_last(results), _views(config, len(parts)))
+    _write_record(config, parts, record)
+
+
+def _write_record(config: Config, parts: Sequence[Part], record: Mapping[str, Any]) -> None:
+    """Print the record as a JSON line, and write it to the output file."""
+    from effnet_train.engine.checkpoint import write_bytes
+
     line = json.dumps(record)
     print(line)
     # Several checkpoints have no folder of their own; nor shall it be a cache, where names lead.
-    beside = None if several or parts[0].file is None else parts[0].file.parent / "eval.json"
+    beside = None if len(parts) > 1 or parts[0].file is None else parts[0].file.parent / "eval.json"
     output = Path(config["output"]) if config["output"] else beside
     if output is None:
         return
