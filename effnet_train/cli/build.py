@@ -162,7 +162,7 @@ def _every(cfg: DictConfig, key: str) -> Every:
 
 def check_batch(cfg: DictConfig, ranks: int) -> None:
     """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
-    pairs = instantiate(cfg.mixing).enabled
+    pairs = _mixes(cfg)
     accumulate = 1 if cfg.accumulate == "auto" else cfg.accumulate
     parts = ranks * accumulate * (2 if pairs else 1)
     if cfg.batch_size % parts:
@@ -171,29 +171,45 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
         raise ValueError(
             f"batch_size={cfg.batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}"
         )
-    pixels = math.ceil(cfg.data.preprocess.resolution / 32) ** 2  # of the last feature map
+    fewest = cfg.progressive.resolution or cfg.data.preprocess.resolution
+    pixels = math.ceil(fewest / 32) ** 2  # of the last feature map
     if cfg.batch_size // (ranks * accumulate) * pixels < 2:
         raise ValueError(
             f"batch_size={cfg.batch_size} leaves one image to a micro-batch ({ranks} ranks x accumulate={accumulate}), "
-            f"and BatchNorm needs two at {cfg.data.preprocess.resolution} pixels: "
+            f"and BatchNorm needs two at {fewest} pixels: "
             f"try batch_size={2 * ranks * accumulate}"
         )
 
 
-def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str) -> int:
-    """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU."""
+def _mixes(cfg: DictConfig) -> bool:
+    """Say whether a batch is paired at any time of the run."""
+    return instantiate(cfg.mixing).enabled or bool(cfg.progressive.mixup_alpha)
+
+
+def resolve_accumulate(
+    cfg: DictConfig,
+    ranks: int,
+    device: torch.device,
+    classes: int,
+    precision: str,
+    resolution: int | None = None,
+) -> int:
+    """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU.
+
+    At `resolution`, None for that at which the run ends.
+    """
     if cfg.accumulate != "auto":
         return cfg.accumulate
     if device.type != "cuda":
         return 1
     model = meta_model(cfg, classes, device)
-    size, width = cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
+    size, width = resolution or cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
     few, more = (training_memory(model, size, count, activation_bytes=width) for count in (2, 4))
     per_image, fixed = (more - few) / 2, 2 * few - more
     # The rest is for what no count of tensors shows: the allocator's gaps, the libraries' workspaces.
     room = 0.85 * torch.cuda.get_device_properties(device).total_memory - fixed
     batch = cfg.batch_size // ranks
-    step = 2 if instantiate(cfg.mixing).enabled else 1
+    step = 2 if _mixes(cfg) else 1
     fitting = [n for n in range(1, batch + 1) if batch % (n * step) == 0 and batch / n * per_image <= room]
     return fitting[0] if fitting else batch // step
 

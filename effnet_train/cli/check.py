@@ -23,7 +23,9 @@ _SHARED: Mapping[str, Any] = {
 }
 TRAIN: Mapping[str, Any] = {
     **_SHARED,
-    **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing", "freeze"), Mapping),
+    **dict.fromkeys(
+        ("model", "augment", "optim", "schedule", "loggers", "loss", "mixing", "freeze", "progressive"), Mapping
+    ),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
     **dict.fromkeys(("seed", "eval_batch_size"), int),

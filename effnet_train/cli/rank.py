@@ -15,6 +15,7 @@ from torch import nn
 
 from effnet_train.cli import build, run_folder
 from effnet_train.cli.provenance import provenance
+from effnet_train.cli.stages import build_stages, micro_batches
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
@@ -36,6 +37,7 @@ from effnet_train.engine.faults import Faults, RollBackError, passed_over
 from effnet_train.engine.faults import read as read_faults
 from effnet_train.engine.graph import GraphStepper, check_graph
 from effnet_train.engine.loggers import Logger
+from effnet_train.engine.progressive import StagedStepper, staged
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
@@ -70,10 +72,12 @@ def prepare(
     data = build.build_data(cfg.data, session)
     check_device(data.backend, session.device, data.preprocess, augment)
     plan = _plan(cfg, data, session)
-    cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
+    stages = build_stages(cfg, len(data.train))
+    pieces = micro_batches(cfg, stages, len(data.classes), precision, session)
+    cfg.accumulate = pieces[-1]
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
-    step = _stepper(cfg, state, network, loss, mixing, data, precision, session)
+    step = staged(_stepper(cfg, state, network, loss, mixing, data, precision, session), stages, pieces)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
@@ -91,7 +95,7 @@ def prepare(
         state=state,
         plan=plan,
         step=step,
-        batches=partial(_batches, cfg, data, augment, plan, folder, session, passed_over(faults.known)),
+        batches=partial(_batches, cfg, data, augment, step, plan, folder, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
         meta=build.metadata(cfg, data, precision),
@@ -253,12 +257,13 @@ def _batches(
     cfg: DictConfig,
     data: Data,
     augment: Augment,
+    step: StagedStepper,
     plan: Plan,
     folder: Path,
-    session: Session,
     passed_over: Sequence[tuple[int, int]],
     start: int,
 ) -> Iterator[tuple[Batch, ...]]:
+    session = step.steppers[0].session
     order = Order(
         len(data.train),
         plan.batch_size,
@@ -268,18 +273,22 @@ def _batches(
         passed_over=passed_over,
     )
     workers = build.resolve_workers(cfg.workers, session.device)
-    micro_batches = train_batches(
-        data,
-        augment,
-        order,
-        start=start,
-        stop=plan.total_steps,
-        accumulate=cfg.accumulate,
-        workers=workers,
-        device=session.device,
-    )
-    listed = listing(micro_batches, folder / BAD_IMAGES)
-    return zip(*[listed] * cfg.accumulate, strict=True)
+    for stage, stepper in zip(step.stages, step.steppers, strict=True):
+        first, stop = max(start, stage.start), min(stage.stop, plan.total_steps)
+        if first >= stop:
+            continue
+        batches = train_batches(
+            stage.data(data),
+            stage.augment(augment),
+            order,
+            start=first,
+            stop=stop,
+            accumulate=stepper.accumulate,
+            workers=workers,
+            device=session.device,
+        )
+        listed = listing(batches, folder / BAD_IMAGES)
+        yield from zip(*[listed] * stepper.accumulate, strict=True)
 
 
 def _evaluate(

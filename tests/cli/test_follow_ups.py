@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from effnet_train.cli import build
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.engine.train import Stepper
 
 Cli = Callable[..., Any]
 
@@ -76,3 +78,63 @@ def test_what_does_not_go_with_freezing_is_told(
     done = cli("train", *fixres, "name=run", *overrides)
     assert (done.status, message in done.err) == (2, True), done.err
     assert not Path("run").exists()
+
+
+@pytest.fixture
+def progressive(tiny: list[str]) -> list[str]:
+    small = ("progressive.resolution=16", "model.resolution=48", "augment=randaugment", "augment.policy.magnitude=15")
+    # Four steps in four stages, of which `max_steps` moves none: the digits' 80 images in batches of 20.
+    return [*without(tiny, "name"), "recipe=progressive", *small, "batch_size=20", "ema_decay=0.5"]
+
+
+def sizes_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, int]]:
+    """Return a list that is to hold the pixels, the dropout and the micro-batches of each step."""
+    seen, call = [], Stepper.__call__
+
+    def watched(self: Stepper, state: Any, batch: Any, lr: float) -> bool:
+        seen.append((batch[0].images.shape[1], round(state.model.dropout, 3), len(batch)))
+        return call(self, state, batch, lr)
+
+    monkeypatch.setattr(Stepper, "__call__", watched)
+    return seen
+
+
+def test_images_grow_and_a_run_resumes_across_stages(
+    cli: Cli, progressive: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = sizes_seen(monkeypatch)
+    words = [*progressive, "mixing.mixup_alpha=0.4", "progressive.mixup_alpha=0", "accumulate=2"]
+    found = trained_and_resumed(cli, words)
+    assert seen == [(16, 0.1, 2), (26, 0.133, 2)] * 2
+    assert found["meta"]["preprocess"]["resolution"] == 48
+    rest = without(words, "max_steps")
+    assert cli("train", *rest, "name=parts", "max_steps=4").status == 0
+    assert cli("train", *rest, "name=whole4", "max_steps=4").status == 0
+    assert seen[4:6] == [(37, 0.167, 2), (48, 0.2, 2)]
+    assert_same(state("parts", 4)["model"], state("whole4", 4)["model"])
+    scores = cli("eval", "checkpoint=whole4", "device=cpu", "workers=0")
+    assert "at 48 pixels" in scores.out
+
+
+def test_the_plan_tells_of_stages_and_memory_settles_micro_batches(
+    cli: Cli, progressive: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cli("train", *progressive, "name=plan", "dry_run=true")
+    stages = "16 pixels, dropout 0.1, magnitude 5 from step 0; 26 pixels, dropout 0.133, magnitude 8.33 from step 1;"
+    assert (plan.status, stages in plan.out) == (0, True), plan.err + plan.out
+    # As a GPU's memory would settle it: more micro-batches for more pixels.
+    monkeypatch.setattr(build, "resolve_accumulate", lambda *_: 1 if _[-1] == 16 else 2)
+    seen = sizes_seen(monkeypatch)
+    assert (done := cli("train", *progressive, "name=run")).status == 0, done.err
+    assert [count for *_, count in seen] == [1, 2]
+
+
+def test_samples_are_shown_as_their_step_sees_them(cli: Cli, progressive: list[str]) -> None:
+    for step, size in ((0, 16), (3, 48)):
+        done = cli("data", "show", *progressive, f"step={step}", "count=2", "name=shown")
+        assert (done.status, f"at {size} x {size}" in done.out) == (0, True), done.err
+
+
+def test_a_graph_has_one_size(cli: Cli, progressive: list[str]) -> None:
+    done = cli("train", *progressive, "name=run", "cuda_graph=true")
+    assert (done.status, "cuda_graph=true cannot be with progressive.stages=4" in done.err) == (2, True), done.err
