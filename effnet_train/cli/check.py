@@ -68,9 +68,15 @@ PREDICT: Mapping[str, Any] = {
     "workers": int | Literal["auto"],
 }
 EXPORT: Mapping[str, Any] = {
-    **dict.fromkeys(("checkpoint", "weights", "format"), str),
+    **dict.fromkeys(("weights", "format", "device"), str),
     "fold": bool,
-    **dict.fromkeys(("source", "output", "push_to_hub"), str | None),
+    **dict.fromkeys(("checkpoint", "source", "output", "push_to_hub"), str | None),
+    "average": list[str] | None,
+    "soup": Literal["uniform", "greedy"],
+    "batch_norm": int | None,
+    "data": Mapping,
+    "batch_size": int,
+    "workers": int | Literal["auto"],
 }
 DATA_VERIFY: Mapping[str, Any] = {
     "data": Mapping,

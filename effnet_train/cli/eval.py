@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
+from effnet_train.cli.checkpoint_data import data_config, without_preprocess
 from effnet_train.cli.eval_sweep import check_sweep, report_sweep
 
 if TYPE_CHECKING:  # the commands' help comes without torch
@@ -37,10 +38,7 @@ def task(cfg: DictConfig) -> None:
             f"{wrong[0]}: the checkpoint's own preprocessing is used, whatever the data set says; "
             "resolution=... is what can be changed"
         )
-    # The data set's preprocessing refers to a model's configuration, which there is none of here.
-    config: Any = OmegaConf.to_container(cfg, resolve=False)
-    config["data"].pop("preprocess", None)
-    config = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    config = without_preprocess(cfg)
     check.check_config(config, check.EVAL)
     device = distributed.resolve_device(cfg.device)
     ranks = distributed.resolve_ranks(cfg.ranks, device)
@@ -65,7 +63,9 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         parts = [_load(config, part, session, precision) for part in asked]
         first = parts[0]
         _check_same_classes(parts)
-        data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
+        data = build.build_data(
+            OmegaConf.create(data_config(config["data"], first.label, first.meta, first.preprocess)), session
+        )
         scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
 
@@ -207,41 +207,6 @@ def _check_same_classes(parts: Sequence[Part]) -> None:
                 f"{first.label} and {other.label} were trained for other classes ({len(first.classes)} and "
                 f"{len(other.classes)}, or other names): only models of the same ones can be averaged"
             )
-
-
-def _data_config(config: Config, part: Part) -> dict[str, Any]:
-    """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
-    chosen, own = config["data"], part.meta["data"]
-    if "_target_" not in chosen:
-        if not own:
-            raise ValueError(
-                f"checkpoint={part.label} carries no data set: choose one, as data=imagenet data.root=/path"
-            )
-        given = {key: value for key, value in chosen.items() if value is not None}
-        # A file chooses no place to write.
-        own = {key: None if key in ("cache", "shard_cache") else value for key, value in own.items()}
-        chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
-        if "root" not in given and not Path(own["root"]).is_dir():
-            # Nothing is made or fetched at a place that a file chose.
-            raise FileNotFoundError(
-                f"checkpoint={part.label} was trained on data.root={own['root']}, which is not here: give data.root=..."
-            )
-    elif chosen["root"] is None:
-        raise ValueError("data.root has no value: give data.root=... on the command line")
-    elif not (Path(chosen["root"]).is_dir() or chosen["root"].startswith("hub:") or "://" in chosen["root"]) and all(
-        chosen.get(k) == own.get(k) for k in ("_target_", "dataset")
-    ):
-        chosen = {**chosen, "root": own["root"]}  # the same data set, where the checkpoint's run had it
-    target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
-    return {**chosen, "preprocess": {**target, **part.preprocess.to_dict()}}
-
-
-def _expected(chosen: Any, own: Any) -> Any:
-    if chosen == "own":
-        return own
-    if chosen is not None and not isinstance(chosen, Mapping):
-        raise ValueError(f"data.expected={chosen} must be own, the checkpoint's; null; or counts as {{val: 50000}}")
-    return chosen
 
 
 def _split(data: "Data", split: str) -> "Source":
