@@ -111,11 +111,11 @@ def for_training(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.
     return model
 
 
-def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: DictConfig, model: nn.Module, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """Build the optimizer over `model`'s parameter groups; the step sets the learning rate."""
     arguments = cfg.copy()  # which still knows its place in the configuration, for messages
     with open_dict(arguments):
-        groups = param_groups(model, arguments.pop("weight_decay", 0.0))
+        groups = param_groups(model, arguments.pop("weight_decay", 0.0), layer_decay)
     return instantiate(arguments, groups, lr=0.0, _convert_="all")
 
 
@@ -312,6 +312,10 @@ def check_start(cfg: DictConfig) -> None:
         raise ValueError(
             f"{key} would freeze what nobody has trained: give init_from=..., a run's folder, a file, or a name as "
             "timm:tf_efficientnet_b0.aa_in1k"
+        )
+    if cfg.select_by.endswith("per_class") and not cfg.data.get("per_class", False):
+        raise ValueError(
+            f"select_by={cfg.select_by} is not measured: give data.per_class=true, or select_by=val_ema/top1"
         )
     if cfg.new_classifier and cfg.init_from is None:
         raise ValueError(

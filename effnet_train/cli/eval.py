@@ -76,7 +76,7 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
                 precision=precision,
                 session=session,
                 flip=config["flip"],
-                measure=_measure(config, source, scored),
+                measure=_measure(config, source, scored, per_class=data.per_class),
             )
 
         if isinstance(config["resolution"], list):
@@ -248,12 +248,18 @@ def _member(
     return Member({part.label: model}, batches, part.preprocess)
 
 
-def _measure(config: Config, source: "Source", scored: Sequence[int]) -> "Measure":
+def _measure(config: Config, source: "Source", scored: Sequence[int], *, per_class: bool) -> "Measure":
     from effnet_train.data.classes import real_labels
     from effnet_train.engine.scores import Measure
 
     real = None if config["real_labels"] is None else real_labels(Path(config["real_labels"]), source, scored)
-    return Measure(calibration=True, confusion=len(scored) if config["details"] is not None else 0, real=real)
+    classes = len(scored)
+    return Measure(
+        calibration=True,
+        confusion=classes if config["details"] is not None else 0,
+        per_class=classes if per_class else 0,
+        real=real,
+    )
 
 
 def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics"]) -> None:
@@ -324,6 +330,8 @@ def _print_scores(metrics: "Metrics", averaged: str) -> None:
         print(f"  averaged over {averaged}")
     print(f"  top-1     {metrics.top1:8.2%}")
     print(f"  top-5     {metrics.top5:8.2%}")
+    if metrics.per_class is not None:
+        print(f"  per class {metrics.per_class:8.2%}   (mean of the classes' accuracies)")
     if metrics.real_top1 is not None:
         print(f"  ReaL      {metrics.real_top1:8.2%}   (of {metrics.real_images:,} images)")
     print(f"  loss      {metrics.loss:8.4f}")

@@ -35,7 +35,13 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
     if cfg.cuda_graph:
-        check_graph(Session(0, ranks, session.device), precision=cfg.precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+        check_graph(
+            Session(0, ranks, session.device),
+            precision=cfg.precision,
+            on_nan=cfg.on_nan,
+            compiled=cfg.compile,
+            layer_decay=cfg.layer_decay,
+        )
     check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     Checkpoints(folder, **cfg.checkpoint)
     precision = build.resolve_precision(cfg.precision, session.device)
@@ -123,7 +129,7 @@ def images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session
     state = TrainState(
         model,
         EMA(model, cfg.ema_decay),
-        build.build_optimizer(cfg.optim, model),
+        build.build_optimizer(cfg.optim, model, cfg.layer_decay),
         torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
         no_statistics(session.device),
     )

@@ -39,7 +39,7 @@ from effnet_train.engine.graph import GraphStepper, check_graph
 from effnet_train.engine.loggers import Logger
 from effnet_train.engine.progressive import StagedStepper, staged
 from effnet_train.engine.saving import Checkpoints
-from effnet_train.engine.scores import Metrics
+from effnet_train.engine.scores import Measure, Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
 from effnet_train.models.fused import check_possible
@@ -133,7 +133,7 @@ def _stepper(
     }
     if not cfg.cuda_graph:
         return Stepper(**parts)
-    check_graph(session, precision=precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+    check_graph(session, precision=precision, on_nan=cfg.on_nan, compiled=cfg.compile, layer_decay=cfg.layer_decay)
     return GraphStepper(**parts, update=OnePass(state.optimizer, state.ema))
 
 
@@ -211,7 +211,7 @@ def _state(
     state = TrainState(
         model=model,
         ema=ema,
-        optimizer=build.build_optimizer(cfg.optim, model),
+        optimizer=build.build_optimizer(cfg.optim, model, cfg.layer_decay),
         scaler=torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
         statistics=no_statistics(session.device),
     )
@@ -317,6 +317,7 @@ def _evaluate(
         preprocess=data.preprocess,
         precision=precision,
         session=session,
+        measure=Measure(per_class=len(data.classes) if data.per_class else 0),
         stopped=stopped,
     )
 
@@ -330,7 +331,9 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]], stop
     if data.test is None and not session.is_main:
         return
     weights = _selected(run) if session.is_main else None
-    lines = [f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5"))]
+    lines = [
+        f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5", "per_class"))
+    ]
     summary: dict[str, Any] = {"best": run.state.best, "steps": run.state.step}
     if data.test is not None:
         metrics = score(data.test, {"test": _shared(run, weights)}, stopped)["test"]

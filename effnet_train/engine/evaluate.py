@@ -70,6 +70,7 @@ def evaluate(
     preprocess: Preprocess,
     precision: str,
     session: Session,
+    measure: Measure = TRAINING,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Metrics]:
     """Score each of `models` on `batches`, this rank's share of `num_images`; each image is read once for all.
@@ -78,7 +79,9 @@ def evaluate(
     Raises Interrupted where it says yes, and AssertionError where all ranks' images do not add up to `num_images`.
     """
     members = [Member(models, batches, preprocess)]
-    return evaluate_members(members, num_images=num_images, precision=precision, session=session, stopped=stopped)
+    return evaluate_members(
+        members, num_images=num_images, precision=precision, session=session, measure=measure, stopped=stopped
+    )
 
 
 @torch.inference_mode()

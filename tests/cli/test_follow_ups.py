@@ -138,3 +138,39 @@ def test_samples_are_shown_as_their_step_sees_them(cli: Cli, progressive: list[s
 def test_a_graph_has_one_size(cli: Cli, progressive: list[str]) -> None:
     done = cli("train", *progressive, "name=run", "cuda_graph=true")
     assert (done.status, "cuda_graph=true cannot be with progressive.stages=4" in done.err) == (2, True), done.err
+
+
+@pytest.fixture
+def finetune(trained: Path, tiny: list[str]) -> list[str]:
+    return [*without(tiny, "name"), "recipe=finetune", f"init_from={trained}", "model.resolution=32"]
+
+
+def test_finetuning_takes_its_options_together_and_resumes(cli: Cli, finetune: list[str], trained: Path) -> None:
+    words = ["freeze={up_to: 2, batch_norm: true}", "layer_decay=0.5", "schedule=cosine", "mixing.mixup_alpha=0.2"]
+    words += ["data.per_class=true", "select_by=val_ema/per_class", "schedule.warmup_epochs=0", "ema_decay=0"]
+    found, before = trained_and_resumed(cli, [*finetune, *words]), load_checkpoint(trained / "best.pt")["ema"]
+    same = {name for name, tensor in found["model"].items() if tensor.equal(before[name])}
+    norms = {name for name in before if ".norm." in name}
+    frozen = {name for name in before if name.startswith(("stem.", "stages.0.", "stages.1."))}
+    assert same == norms | frozen
+    rates = {group["lr_scale"]: group["lr"] for group in found["optimizer"]["param_groups"]}
+    assert len(rates) == 7  # five stages, head, classifier
+    for scale, rate in rates.items():
+        assert rate == pytest.approx(rates[1.0] * scale)
+    assert found["best"]["val_ema/per_class"] == pytest.approx(found["best"]["val_ema/top1"])  # four images a class
+    scores = cli("eval", "checkpoint=whole", "device=cpu", "workers=0")
+    assert "per class" in scores.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("layer_decay=1.5",), "layer_decay=1.5 must lie in (0, 1]"),
+        (("layer_decay=0.5", "cuda_graph=true"), "layer_decay=0.5 asks for several learning rates"),
+        (("select_by=val/per_class",), "select_by=val/per_class is not measured: give data.per_class=true"),
+    ],
+)
+def test_what_finetuning_refuses(cli: Cli, finetune: list[str], words: tuple[str, ...], message: str) -> None:
+    done = cli("train", *finetune, "name=run", *words)
+    assert (done.status, message in done.err) == (2, True), done.err
+    assert not Path("run").exists()
