@@ -26,6 +26,7 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing"), Mapping),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
+    "distill": "effnet_train.engine.teacher.Distill",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
     **dict.fromkeys(("epochs", "ema_decay"), float),

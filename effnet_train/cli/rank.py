@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from effnet_train.cli import build, run_folder
+from effnet_train.cli.objective import build_objective
 from effnet_train.cli.provenance import provenance
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
-from effnet_train.data.mixing import Mixing
 from effnet_train.data.order import Order
 from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
@@ -73,7 +73,9 @@ def prepare(
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
-    step = _stepper(cfg, state, network, loss, mixing, data, precision, session)
+    objective, taught = build_objective(cfg, data, session, former and former["meta"])
+    parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing}
+    step = _stepper(cfg, state, parts, data, precision, session)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
@@ -94,7 +96,7 @@ def prepare(
         batches=partial(_batches, cfg, data, augment, plan, folder, session, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
-        meta=build.metadata(cfg, data, precision),
+        meta={**build.metadata(cfg, data, precision), **taught},
         select_by=cfg.select_by,
         faults=faults,
         provenance=made_with,
@@ -105,25 +107,16 @@ def prepare(
 
 
 def _stepper(
-    cfg: DictConfig,
-    state: TrainState,
-    network: nn.Module,
-    loss: nn.Module,
-    mixing: Mixing,
-    data: Data,
-    precision: str,
-    session: Session,
+    cfg: DictConfig, state: TrainState, built: Mapping[str, Any], data: Data, precision: str, session: Session
 ) -> Stepper:
     """Return the step; as CUDA graphs, where that is asked for. Raises ValueError where it cannot be."""
     parts: dict[str, Any] = {
-        "network": network,
-        "loss": loss,
+        **built,
         "preprocess": data.preprocess,
         "num_classes": len(data.classes),
         "precision": precision,
         "accumulate": cfg.accumulate,
         "clip_norm": cfg.clip_norm,
-        "mixing": mixing,
         "skip_bad": cfg.on_nan == "skip",
         "session": session,
     }

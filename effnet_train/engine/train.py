@@ -18,6 +18,7 @@ from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
 from effnet_train.engine.faults import Faults, NotFiniteError, RollBackError
 from effnet_train.engine.loggers import Logger, tell
+from effnet_train.engine.objectives import Objective, supervised
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
@@ -86,6 +87,7 @@ class Stepper:
     accumulate: int = 1
     clip_norm: float | None = None
     mixing: Mixing = field(default_factory=Mixing)
+    objective: Objective = supervised
     skip_bad: bool = False
     session: Session = field(default_factory=Session)
 
@@ -159,8 +161,7 @@ class Stepper:
     def learn(self, state: TrainState, images: Tensor, targets: Tensor, keys: Tensor, number: float | Tensor) -> None:
         """Add a micro-batch of step `number` (the first is 1) to gradients and statistics."""
         with autocast(self.session.device, self.precision):
-            logits = self.network(images, keys)
-            loss = self.loss(logits, targets)
+            loss, logits = self.objective(self.network, self.loss, images, targets, keys)
         state.scaler.scale(loss / self.accumulate).backward()
         with torch.no_grad():
             add_statistics(state.statistics, loss, logits, targets, number)
