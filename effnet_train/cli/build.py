@@ -38,7 +38,7 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "": (
             *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "birdsnap", "eval_folder", "digits")),
             "effnet_train.data.datasets.torchvision_splits",
-            *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards")),
+            *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards", "unlabelled")),
             "effnet_train.data.parquet.parquet",
         ),
         "preprocess": ("effnet_train.data.preprocess.Preprocess",),
@@ -173,6 +173,11 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
         )
 
 
+def views(cfg: DictConfig) -> int:
+    """Return how many images a step takes through the network for each of `batch_size`."""
+    return 1 + (cfg.pseudo.ratio if cfg.pseudo.labels is not None else 0)
+
+
 def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str) -> int:
     """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU."""
     if cfg.accumulate != "auto":
@@ -185,7 +190,7 @@ def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classe
     per_image, fixed = (more - few) / 2, 2 * few - more
     # The rest is for what no count of tensors shows: the allocator's gaps, the libraries' workspaces.
     room = 0.85 * torch.cuda.get_device_properties(device).total_memory - fixed
-    batch = cfg.batch_size // ranks
+    batch, per_image = cfg.batch_size // ranks, per_image * views(cfg)
     step = 2 if instantiate(cfg.mixing).enabled else 1
     fitting = [n for n in range(1, batch + 1) if batch % (n * step) == 0 and batch / n * per_image <= room]
     return fitting[0] if fitting else batch // step

@@ -27,6 +27,7 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
     "distill": "effnet_train.engine.teacher.Distill",
+    "pseudo": "effnet_train.data.pseudo.Pseudo",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
     **dict.fromkeys(("epochs", "ema_decay"), float),
@@ -55,6 +56,15 @@ EVAL: Mapping[str, Any] = {
     "fold": Literal["auto", True, False],
     "source": str | list[str | None] | None,
     **dict.fromkeys(("real_labels", "details", "output"), str | None),
+}
+LABEL: Mapping[str, Any] = {
+    **_SHARED,
+    **dict.fromkeys(("checkpoint", "weights", "output"), str),
+    "source": str | None,
+    "split": Literal["train", "val"],
+    "confidence": float,
+    **dict.fromkeys(("per_class", "resolution"), int | None),
+    **dict.fromkeys(("seed", "images"), int),
 }
 PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "precision", "device", "backend"), str),
@@ -198,6 +208,8 @@ _LEAST: Mapping[str, int] = {
             "count",
             "multiple",
             "jobs",
+            "per_class",
+            "images",
         ),
         1,
     ),

@@ -50,11 +50,13 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     cost = complexity(meta_model, size)
     accumulate = build.resolve_accumulate(cfg, ranks, session.device, classes, precision)
     micro = cfg.batch_size // ranks // accumulate
-    memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
+    memory = training_memory(
+        meta_model, size, micro * build.views(cfg), activation_bytes=4 if precision == "fp32" else 2
+    )
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
     rate, timed = images_per_s(cfg, classes, precision, session, micro)
-    hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
+    hours = plan.total_steps * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
@@ -63,6 +65,11 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),
+        *(
+            [("pseudo-labels", f"{cfg.pseudo.ratio} to a labelled image, of {cfg.pseudo.labels}")]
+            if cfg.pseudo.labels
+            else []
+        ),
         (
             "batch",
             f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images{too_large}",

@@ -16,11 +16,12 @@ from torch import nn
 from effnet_train.cli import build, run_folder
 from effnet_train.cli.objective import build_objective
 from effnet_train.cli.provenance import provenance
+from effnet_train.cli.pseudo import Reading, build_reading, warn_of_size
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
-from effnet_train.data.order import Order
+from effnet_train.data.pseudo import Mixture
 from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
 from effnet_train.engine.checkpoint import (
@@ -68,13 +69,16 @@ def prepare(
     build.set_arithmetic(precision, cfg.deterministic, session.device)
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
+    known = former and former["meta"]
+    reading = build_reading(cfg, data, session, known)
     check_device(data.backend, session.device, data.preprocess, augment)
     plan = _plan(cfg, data, session)
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
-    objective, taught = build_objective(cfg, data, session, former and former["meta"])
-    parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing}
+    objective, taught = build_objective(cfg, data, session, known)
+    warn_of_size(reading, state.model, cfg.pseudo.labels, session)
+    parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
     step = _stepper(cfg, state, parts, data, precision, session)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
@@ -85,7 +89,7 @@ def prepare(
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)
-    faults = _faults(cfg, folder, plan, data, session, fault, state.step)
+    faults = _faults(cfg, folder, plan, reading.mixture, session, fault, state.step)
     made_with = provenance(session.device)
     loggers = _open_loggers({**config, "provenance": made_with}, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
@@ -93,10 +97,10 @@ def prepare(
         state=state,
         plan=plan,
         step=step,
-        batches=partial(_batches, cfg, data, augment, plan, folder, session, passed_over(faults.known)),
+        batches=partial(_batches, cfg, reading, augment, plan, folder, session, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
-        meta={**build.metadata(cfg, data, precision), **taught},
+        meta={**build.metadata(cfg, data, precision), **taught, **reading.known},
         select_by=cfg.select_by,
         faults=faults,
         provenance=made_with,
@@ -224,7 +228,7 @@ def _faults(
     cfg: DictConfig,
     folder: Path,
     plan: Plan,
-    data: Data,
+    mixture: Mixture,
     session: Session,
     new: RollBackError | None,
     step: int,
@@ -233,8 +237,8 @@ def _faults(
     known = session.broadcast(read_faults(folder) if session.is_main else [])
 
     def images(step: int) -> list[str]:
-        order = Order(len(data.train), plan.batch_size, cfg.seed, passed_over=passed_over(known))
-        return [data.train.name(index) for index in order.batch(step - 1)[0].tolist()]
+        order = mixture.order(plan.batch_size, cfg.seed, passed_over=passed_over(known))
+        return [mixture.source.name(index) for index in order.batch(step - 1)[0].tolist()]
 
     faults = Faults(folder, cfg.on_nan, images, lambda step: plan.lr(step - 1), session.is_main, known)
     if new is not None:
@@ -244,7 +248,7 @@ def _faults(
 
 def _batches(
     cfg: DictConfig,
-    data: Data,
+    reading: Reading,
     augment: Augment,
     plan: Plan,
     folder: Path,
@@ -252,17 +256,11 @@ def _batches(
     passed_over: Sequence[tuple[int, int]],
     start: int,
 ) -> Iterator[tuple[Batch, ...]]:
-    order = Order(
-        len(data.train),
-        plan.batch_size,
-        cfg.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        passed_over=passed_over,
-    )
+    place = {"rank": session.rank, "world_size": session.world_size, "passed_over": passed_over}
+    order = reading.mixture.order(plan.batch_size, cfg.seed, **place)
     workers = build.resolve_workers(cfg.workers, session.device)
     micro_batches = train_batches(
-        data,
+        reading.data,
         augment,
         order,
         start=start,

@@ -37,6 +37,7 @@ FREE = (
     "name",
     "new_classifier",
     "on_nan",
+    "pseudo.root",
     "ranks",
     "run_root",
     "save_every",

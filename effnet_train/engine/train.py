@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from effnet_train.data.loader import Batch
 from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
+from effnet_train.data.pseudo import hard
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
 from effnet_train.engine.clock import Clock
 from effnet_train.engine.evaluate import Interrupted, autocast
@@ -88,6 +89,7 @@ class Stepper:
     clip_norm: float | None = None
     mixing: Mixing = field(default_factory=Mixing)
     objective: Objective = supervised
+    targets: Callable[[Tensor], Tensor] = hard
     skip_bad: bool = False
     session: Session = field(default_factory=Session)
 
@@ -154,7 +156,7 @@ class Stepper:
         """Return a micro-batch's images, targets and keys on the device."""
         device = self.session.device
         images = normalize(part.images.to(device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
-        labels = part.labels.to(device, non_blocking=True)
+        labels = self.targets(part.labels).to(device, non_blocking=True)
         images, targets = self.mixing(images, labels, part.keys, self.num_classes)
         return images, targets, part.keys.to(device, non_blocking=True)
 
@@ -223,7 +225,7 @@ def train(run: Run, notice: PreemptionNotice, watchdog: Watchdog) -> bool:
             _log_images(run, batch[0])
         if not run.step(state, batch, plan.lr(state.step)):
             run.faults.skipped(state.step)
-        clock.did_step(plan.batch_size)
+        clock.did_step(sum(len(part.labels) for part in batch) * run.session.world_size)
         stopped = _look(run, clock, agreed)
         if stopped:
             break
