@@ -175,7 +175,7 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
 
 def views(cfg: DictConfig) -> int:
     """Return how many images a step takes through the network for each of `batch_size`."""
-    return 1 + (cfg.pseudo.ratio if cfg.pseudo.labels is not None else 0)
+    return (1 + (cfg.pseudo.ratio if cfg.pseudo.labels is not None else 0)) * (2 if cfg.advprop.epsilon else 1)
 
 
 def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str) -> int:

@@ -27,6 +27,7 @@ TRAIN: Mapping[str, Any] = {
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
     "distill": "effnet_train.engine.teacher.Distill",
+    "advprop": "effnet_train.engine.adversarial.AdvProp",
     "pseudo": "effnet_train.data.pseudo.Pseudo",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],

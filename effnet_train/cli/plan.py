@@ -62,6 +62,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
         *([("weights", f"from {cfg.init_from}")] if cfg.init_from is not None else []),
         *([("teacher", f"{cfg.distill.teacher}; its memory and time come on top")] if cfg.distill.teacher else []),
+        *([("attack", "its forward and backward passes come on top of the time")] if cfg.advprop.epsilon else []),
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),

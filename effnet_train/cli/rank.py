@@ -41,6 +41,7 @@ from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
+from effnet_train.models.auxiliary import add_auxiliary, main_tensors
 from effnet_train.models.fused import check_possible
 from effnet_train.optim.ema import EMA
 from effnet_train.optim.one_pass import OnePass
@@ -76,7 +77,7 @@ def prepare(
     cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
-    objective, taught = build_objective(cfg, data, session, known)
+    objective, taught = build_objective(cfg, state.model, data, session, known)
     warn_of_size(reading, state.model, cfg.pseudo.labels, session)
     parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
     step = _stepper(cfg, state, parts, data, precision, session)
@@ -198,6 +199,8 @@ def _state(
         build.check_same_settings(cfg, weights.meta)
     model = build.place(model, session.device).train()
     ema = EMA(model, cfg.ema_decay)
+    if cfg.advprop.epsilon:  # after the average, which is of what is kept of the model
+        add_auxiliary(model)
     sync_batch_norm(model, session, session.world_size if cfg.sync_bn == "all" else cfg.sync_bn)
     if cfg.compile:
         model.compile()
@@ -336,7 +339,7 @@ def _selected(run: Run) -> Weights:
     if best.exists():
         return load_weights(best, which)
     kept = run.state.ema if which == "ema" else run.state.model
-    return Weights(kept.state_dict(), {**run.meta, "step": run.state.step})
+    return Weights(main_tensors(kept.state_dict()), {**run.meta, "step": run.state.step})
 
 
 def _shared(run: Run, weights: Weights | None) -> nn.Module:

@@ -1,0 +1,44 @@
+"""`recipe=advprop` through the real command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+Cli = Callable[..., Any]
+
+
+def test_a_run_goes_on_exactly_and_its_model_needs_nothing_more(
+    goes_on_exactly: Callable[..., dict[str, Any]], cli: Cli
+) -> None:
+    state = goes_on_exactly("recipe=advprop", "advprop={epsilon: 2, steps: 2}", "batch_size=8", "accumulate=2")
+    auxiliary, model = state["auxiliary"], state["model"]
+    assert auxiliary
+    assert not any(".auxiliary." in name for name in (*model, *state["ema"], *load_file("whole/model.safetensors")))
+    # Adversarial images have statistics of their own.
+    norms = [name for name in model if name.endswith("running_var")]
+    for name in norms:
+        other = auxiliary[name.replace(".norm.", ".norm.auxiliary.")]
+        assert other.shape == model[name].shape
+        assert not other.equal(model[name])
+    for words in (("checkpoint=whole",), ("checkpoint=whole", "weights=raw")):
+        done = cli("eval", *words, "device=cpu", "workers=0")
+        assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("advprop.epsilon=0", "advprop.steps=5"), "advprop.steps=5 has no effect without advprop.epsilon=, say 1"),
+        (("cuda_graph=true",), "with advprop.epsilon= set cuda_graph=false"),
+        (("model.fused=auto",), "model.fused=auto: the fused kernels have no auxiliary BatchNorm"),
+        (("distill.teacher=x",), "distill.teacher= and advprop.epsilon= are two objectives: choose one"),
+        (("advprop.step=5",), "did you mean advprop.step"),
+    ],
+)
+def test_what_cannot_be(cli: Cli, tiny: list[str], words: tuple[str, ...], message: str) -> None:
+    done = cli("train", *tiny, "recipe=advprop", *words)
+    assert (done.status, message in done.err) == (2, True), done.err
+    assert not Path("run").exists()
