@@ -86,6 +86,23 @@ def test_an_attack_raises_the_loss_and_leaves_the_network_alone() -> None:
     assert loss.item() > 2 * LOSS(clean, LABELS).item()
 
 
+def test_the_attack_goes_through_the_auxiliary_batch_norms() -> None:
+    model, images = network(), torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
+    plain = EfficientNet(width=0.1, depth=0.1, resolution=32, num_classes=3, dropout=0, drop_connect=0).train()
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".auxiliary." not in name})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".norm.weight"):  # of the others
+                parameter.copy_(torch.linspace(-2, 2, len(parameter)))
+    attack = AdvProp(epsilon=2, steps=2)
+    found, wanted = (
+        Adversarial(one, attack, Preprocess(resolution=32)).attacked(LOSS, images, LABELS, KEYS)
+        for one in (model, plain)
+    )
+    # The sign of a gradient near 0 is rounding's.
+    assert ((found - wanted).abs() < 1e-4).float().mean() > 0.99
+
+
 def test_both_losses_train_the_weights_and_each_its_batch_norms() -> None:
     """The gradient is that of two networks that share all but their BatchNorms, as in the paper's algorithm."""
     model, images = network(), torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
