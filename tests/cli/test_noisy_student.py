@@ -102,10 +102,16 @@ def test_two_ranks_write_the_same(label: Cli) -> None:
     assert one == two
 
 
-def test_a_student_goes_on_exactly(label: Cli, goes_on_exactly: Callable[..., dict[str, Any]]) -> None:
+def test_a_student_goes_on_exactly(
+    label: Cli, cli: Cli, tiny: list[str], goes_on_exactly: Callable[..., dict[str, Any]]
+) -> None:
     assert label("per_class=5").status == 0
     student = ("recipe=noisy_student", "batch_size=8", "pseudo.labels=labels", "accumulate=2", "workers=1")
     state = goes_on_exactly(*student, "mixing.mixup_alpha=0.2")
+    shown = cli(
+        "data", "show", *tiny[:-2], "recipe=noisy_student", "pseudo.labels=labels", "count=9", "output=sheet.png"
+    )
+    assert (shown.status, Path("sheet.png").exists()) == (0, True), shown.err
     assert state["meta"]["pseudo"]["sha256"] == json.loads(Path("labels/manifest.json").read_text())["sha256"]
 
 
