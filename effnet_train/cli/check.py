@@ -55,6 +55,7 @@ EVAL: Mapping[str, Any] = {
     "crops": Literal[1, 5],
     "flip": bool,
     "fold": Literal["auto", True, False],
+    "attack": "effnet_train.engine.adversarial.Attack",
     "source": str | list[str | None] | None,
     **dict.fromkeys(("real_labels", "details", "output"), str | None),
 }

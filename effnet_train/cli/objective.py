@@ -58,8 +58,8 @@ def build_objective(
             "(name=...)"
         )
     own = Preprocess(**meta["preprocess"])
-    sizes = {"teacher": own.resolution, "student": data.preprocess.resolution}
-    size = sizes.get(str(distill.resolution)) or int(distill.resolution)
+    size = distill.resolution if isinstance(distill.resolution, int) else None
+    size = own.resolution if distill.resolution == "teacher" else size
     teacher = Teacher(network, own=own, student=data.preprocess, resolution=size, classes=classes)
     return Distillation(teacher, distill.temperature, distill.weight), known
 

@@ -51,12 +51,12 @@ class Distill:
 class Teacher(nn.Module):
     """A network in evaluation mode that takes the student's inputs: its logits of the student's classes.
 
-    The inputs become pixels again by the `student`'s normalisation, are scaled to `resolution` if they are not so large
-    already, and get the teacher's `own`. `classes` are the places of the student's classes among the teacher's.
+    The inputs become pixels again by the `student`'s normalisation, are scaled to `resolution` (None: are as large as
+    they are), and get the teacher's `own`. `classes` are the places of the student's classes among the teacher's.
     """
 
     def __init__(
-        self, model: nn.Module, *, own: Preprocess, student: Preprocess, resolution: int, classes: Sequence[int]
+        self, model: nn.Module, *, own: Preprocess, student: Preprocess, resolution: int | None, classes: Sequence[int]
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -72,7 +72,7 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map the student's inputs (N, 3, H, W) to logits (N, K) in float32."""
         pixels = images * self.std + self.mean
-        if images.shape[-1] != self.resolution:
+        if self.resolution is not None and images.shape[-1] != self.resolution:
             size = (self.resolution, self.resolution)
             # Clipped as an image's pixels are: bicubic overshoots at edges.
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,5 +1,6 @@
 """`recipe=advprop` through the real command."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,30 @@ def test_a_run_goes_on_exactly_and_its_model_needs_nothing_more(
     for words in (("checkpoint=whole",), ("checkpoint=whole", "weights=raw")):
         done = cli("eval", *words, "device=cpu", "workers=0")
         assert done.status == 0, done.err
+
+
+@pytest.mark.slow
+def test_ranks_that_share_statistics_go_on_exactly(goes_on_exactly: Callable[..., dict[str, Any]]) -> None:
+    state = goes_on_exactly("recipe=advprop", "advprop.epsilon=2", "batch_size=8", "ranks=2", "sync_bn=all")
+    assert state["auxiliary"]
+
+
+def test_accuracy_under_attack(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    """The stronger the attack, the less is right."""
+    words = (f"checkpoint={trained}", "device=cpu", "workers=0")
+    scores = []
+    for number, attack in enumerate(("epsilon: 0", "epsilon: 4, steps: 5", "epsilon: 32, steps: 10, step_size: 4")):
+        done = cli("eval", *words, f"attack={{{attack}}}", f"output={tmp_path / str(number)}")
+        assert done.status == 0, done.err
+        scores.append(json.loads((tmp_path / str(number)).read_text()))
+    assert scores[0]["loss"] < scores[1]["loss"] < scores[2]["loss"]
+    assert scores[0]["top1"] > scores[2]["top1"]
+    assert "attack" not in scores[0]
+    assert scores[2]["attack"] == {"epsilon": 32, "steps": 10, "step_size": 4}
+    assert "  attacked  epsilon 32, steps 10, step_size 4" in done.out
+    for refused, why in (("fold=true", "fold=true, which has no gradients"), ("attack.eps=1", "did you mean attack.")):
+        done = cli("eval", *words, "attack.epsilon=1", refused)
+        assert (done.status, why in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 Cli = Callable[..., Any]
-RECIPE = ("recipe=distill", "batch_size=32", "data.backend=pillow")
 
 
 def test_a_student_goes_on_exactly(goes_on_exactly: Callable[..., dict[str, Any]], trained: Path) -> None:
@@ -16,6 +15,11 @@ def test_a_student_goes_on_exactly(goes_on_exactly: Callable[..., dict[str, Any]
     state = goes_on_exactly(*student, "batch_size=16")
     known = state["meta"]["distill"]
     assert (known["teacher"], len(known["sha256"])) == (str(trained), 64)
+
+
+@pytest.mark.slow
+def test_a_student_on_two_ranks_goes_on_exactly(goes_on_exactly: Callable[..., dict[str, Any]], trained: Path) -> None:
+    goes_on_exactly("recipe=distill", f"distill.teacher={trained}", "batch_size=16", "ranks=2", "precision=bf16")
 
 
 def test_the_teacher_is_one_that_can_teach(cli: Cli, tiny: list[str], trained: Path, tmp_path: Path) -> None:

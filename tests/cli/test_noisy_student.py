@@ -102,6 +102,12 @@ def test_two_ranks_write_the_same(label: Cli) -> None:
     assert one == two
 
 
+@pytest.mark.slow
+def test_a_student_on_two_ranks_goes_on_exactly(label: Cli, goes_on_exactly: Callable[..., dict[str, Any]]) -> None:
+    assert label().status == 0
+    goes_on_exactly("recipe=noisy_student", "batch_size=8", "pseudo.labels=labels", "ranks=2")
+
+
 def test_a_student_goes_on_exactly(
     label: Cli, cli: Cli, tiny: list[str], goes_on_exactly: Callable[..., dict[str, Any]]
 ) -> None:

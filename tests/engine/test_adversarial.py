@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from effnet_train.data.preprocess import Preprocess, normalize
-from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp
+from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp, Attack, Attacked
 from effnet_train.models.auxiliary import add_auxiliary
 from effnet_train.models.efficientnet import EfficientNet
 from effnet_train.models.layers import uniform
@@ -61,6 +61,27 @@ def test_pgd_is_the_one_written_by_hand(epsilon: float, steps: int, step_size: f
     np.testing.assert_allclose(((found * std + mean) * 255).numpy(), wanted, atol=1e-3)
     assert np.abs(wanted - pixels.permute(0, 3, 1, 2).numpy()).max() > 0.9 * min(epsilon, step_size * steps)
     assert model.weight.grad is None
+
+
+def test_an_attacked_network_sees_what_the_attacker_makes_of_its_images() -> None:
+    """By the classes that it takes them for; also where nothing else computes gradients."""
+    attack = Attack(epsilon=3, steps=4, step_size=1.5)
+    pixels = torch.randint(256, (4, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+
+    class Unkeyed(Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images, KEYS)
+
+    model = Unkeyed().eval()
+    with torch.inference_mode():
+        inputs = normalize(pixels, PREPROCESS.mean, PREPROCESS.std)
+        taken = model(inputs).argmax(1)
+        found = Attacked(model, attack, PREPROCESS, torch.device("cpu"))(inputs)
+    objective = Adversarial(Linear(), AdvProp(epsilon=3, steps=4, step_size=1.5, random_start=False), PREPROCESS)
+    inputs = normalize(pixels, PREPROCESS.mean, PREPROCESS.std)
+    torch.testing.assert_close(found, model(objective.attacked(LOSS, inputs, taken.clone(), KEYS)).detach())
+    with pytest.raises(ValueError, match=r"attack\.steps=4 has no effect without attack\.epsilon=, say 1"):
+        Attack(steps=4)
 
 
 def network() -> EfficientNet:
