@@ -5,8 +5,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# From cold to hot, in equal steps; none is dark, so that the image stays visible below the colour.
-_COLOURS = np.array([(40, 60, 220), (0, 180, 255), (90, 230, 130), (255, 225, 40), (255, 130, 0), (225, 0, 20)], float)
+# From cold to hot, in equal steps: from blue to yellow and ever lighter, which no colour blindness takes away. None is
+# dark, so that the image stays visible below the colour.
+_COLOURS = np.array([(50, 50, 200), (40, 110, 210), (40, 160, 185), (110, 205, 110), (255, 235, 50)], float)
 _LEAST_PIXELS = 256  # of a picture's side: tiny images are enlarged
 _CAPTION = 22  # pixels
 _GAP = 4  # pixels between the image and its map
@@ -23,7 +24,7 @@ def activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
 
 
 def colours(heat: np.ndarray) -> np.ndarray:
-    """Return the colours (..., 3) uint8 of values in [0, 1], from blue through green and yellow to red."""
+    """Return the colours (..., 3) uint8 of values in [0, 1], from blue through green to yellow, ever lighter."""
     steps = np.linspace(0, 1, len(_COLOURS))
     channels = [np.interp(heat, steps, _COLOURS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

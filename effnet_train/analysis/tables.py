@@ -146,8 +146,9 @@ def _network_row(
         if key not in row:
             continue
         here = getattr(scores, key) if scores else None
-        made |= {f"{key}_paper": row[key], f"{key}_here": row[key] if here is None else here}
-        if here is None:
+        made |= {f"{key}_paper": row[key], f"{key}_here": here}
+        if here is None and not (changed and network and network.shape):  # of which the paper knows nothing
+            made[f"{key}_here"] = row[key]
             made["from_paper"].append(f"{key}_here")
         elif same_data:
             made[f"{key}_difference"] = here - row[key]

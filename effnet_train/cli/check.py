@@ -254,6 +254,12 @@ def check_config(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
         raise ValueError(f"clip_norm={config['clip_norm']} must be more than 0, or null for no clipping")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there are seeds to train with, each once."""
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds={list(seeds)} must be different numbers from 0 to below 2 ** 63, as seeds=[0,1,2]")
+
+
 def _check_parts(key: str, node: object) -> None:
     if not isinstance(node, Mapping):
         return

@@ -67,8 +67,7 @@ def search(cfg: DictConfig) -> None:
     check.check_config(config, check.SCALE_SEARCH)
     _check_resolution(cfg)
     seeds = config["seeds"] or [config["seed"]]
-    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
-        raise ValueError(f"seeds={seeds} must be different numbers from 0 to below 2 ** 63")
+    check.check_seeds(seeds)
     classes = (config["data"].get("expected") or {}).get("classes") or len(
         build_data(config["data"], Session()).classes
     )
@@ -78,7 +77,7 @@ def search(cfg: DictConfig) -> None:
     if not kept:
         raise ValueError(
             f"no candidate is within flops_tolerance={config['flops_tolerance']:g} of the budget: "
-            "raise it, or lower step="
+            "raise it, or give other alpha=, beta=, gamma= or step="
         )
     if config["dry_run"]:
         return

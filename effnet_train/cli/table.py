@@ -89,12 +89,15 @@ def networks(cfg: DictConfig, number: int) -> int:
     table = paper.table(number)
     if config["rate"] is not None and not config["run"]:
         raise ValueError(f"rate={config['rate']} has no effect without run=plan or run=true")
+    if config["rate"] is not None and config["rate"] <= 0:
+        raise ValueError(f"rate={config['rate']:g} must be above 0: billion multiply-adds a second")
+    check.check_seeds(config["seeds"])
     status = 0
     if config["run"]:
         status = table_runs.train_missing(table, f"table{number}", config)
         if config["run"] == "plan" or status == PREEMPTED_EXIT_CODE:
             return status
-    words = [text for text in config["overrides"] if text.startswith(("recipe=", "model."))]
+    words = [text for text in config["overrides"] if text.startswith(("recipe=", "debug=", "model."))]
     changed = paper.change_networks(table["rows"], words)
     asked = table_runs.data_asked_for(config["overrides"])
     runs = paper.finished_runs(config["run_root"], table_runs.steps_asked_for(config["overrides"]))

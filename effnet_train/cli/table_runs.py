@@ -95,9 +95,11 @@ def data_asked_for(overrides: Sequence[str]) -> DataSet | None:
 
 
 def steps_asked_for(overrides: Sequence[str]) -> int | None:
-    """Return the steps after which the overrides end trainings, None where they don't."""
-    value = choice(overrides, "max_steps")
-    return int(value) if value and value.isdecimal() else None
+    """Return the steps after which the overrides, `debug=` or a recipe end trainings, None where they don't."""
+    steps = paper.composed([text.replace("{model}", "b0") for text in overrides]).max_steps
+    if not (steps is None or isinstance(steps, int)):
+        raise ValueError(f"max_steps={steps} must be a whole number or null")
+    return steps
 
 
 def _rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:

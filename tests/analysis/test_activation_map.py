@@ -35,16 +35,18 @@ def test_the_peak_lies_where_the_class_is(top: int, left: int) -> None:
     weight[2, 1] = 1.0
     heat = activation_map(features, weight, torch.tensor([2]))[0].numpy()
     drawn = overlay(np.zeros((90, 90, 3), np.uint8), heat).astype(int)
-    hottest = drawn[..., 0] - drawn[..., 2]  # red against blue
+    hottest = drawn[..., 0] - drawn[..., 2]  # yellow against blue
     y, x = np.unravel_index(hottest.argmax(), hottest.shape)
     assert (y // 30, x // 30) == (top, left)
 
 
-def test_cold_is_blue_and_hot_is_red() -> None:
-    cold, middle, hot = colours(np.array([0.0, 0.5, 1.0])).astype(int)
-    assert cold[2] > cold[0] + 100
-    assert hot[0] > hot[2] + 100
-    assert middle[1] > max(middle[0], middle[2]) - 40
+def test_cold_is_blue_and_hot_is_yellow_and_lighter() -> None:
+    """What is left to the colour-blind: lightness, and blue against yellow."""
+    ramp = colours(np.linspace(0, 1, 101)).astype(int)
+    assert ramp[0, 2] > ramp[0, :2].max() + 100
+    assert ramp[-1, :2].min() > ramp[-1, 2] + 100
+    lightness = ramp @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(lightness) > 0).all()
 
 
 def test_a_map_without_differences_is_no_error() -> None:

@@ -209,6 +209,23 @@ def test_a_search_trains_ranks_and_tells_of_failures(cli: Any, tiny: list[str]) 
     assert "batch_size was 16, now 8" in other.err
 
 
+def test_a_search_on_b0_holds_the_papers_answer(cli: Any) -> None:
+    own = ("alpha=[1.2]", "beta=[1.1]", "gamma=[1.15]")
+    outcome = cli("scale", "search", "model=b0", "data=imagenet", "data.root=/path", *own, "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    assert "candidate      alpha1.2-beta1.1-gamma1.15: depth 1.2, width 1.1, 256 pixels" in outcome.out
+
+
+def test_examples_of_a_search_have_candidates(cli: Any) -> None:
+    footer = yaml.safe_load((CONFIG_DIR / "scale_search.yaml").read_text(encoding="utf-8"))["hydra"]["help"]["footer"]
+    examples = [line.split() for line in footer.splitlines() if "model=nano" in line]
+    assert len(examples) == 2
+    for words in examples:
+        outcome = cli("scale", *(word.strip("'") for word in words[1:]), "dry_run=true")
+        assert outcome.status == 0, outcome.err
+        assert outcome.out.count("candidate      alpha") > 1
+
+
 def test_equals_share_a_rank() -> None:
     found = [(1.1, 0.5, 30), (1.2, 0.75, 20), (1.3, None, 10), (1.4, 0.75, 10), (None, 0.9, 1), (1.6, 0.25, 10)]
     rows = [{"alpha": alpha, "top1": top1, "multiply_adds": cost} for alpha, top1, cost in found]

@@ -183,7 +183,8 @@ def test_a_real_run_on_a_base_of_ones_own(cli: Cli, trained: Path) -> None:
     best = json.loads((trained / "summary.json").read_text())["best"]
     assert float(first["top1_here"]) == pytest.approx(best["val_ema/top1"], rel=1e-5)
     assert first["source"] == "model=b0 model.width=0.25 model.depth=0.279 model.resolution=32"
-    assert all(row["from_paper"] == "top1_here" for row in rest)
+    assert all(row["top1_here"] == "" for row in rest)  # the paper's is another network's
+    assert "from_paper" not in first
     assert rest[-1]["source"] == "model=b0 model.depth=0.3906 model.width=0.3 model.resolution=42"
     assert "multiply_adds_b_difference" not in first
     terminal = cli("table", "table7", f"run_root={trained.parent}", "--", *base).out
@@ -274,6 +275,14 @@ def test_a_run_cut_short_is_in_no_table_but_where_its_length_is_asked_for(cli: C
     assert "ImageNet, 350 epochs cut short at step 100, cut" in cli("table", "table7", "--", "max_steps=100").out
 
 
+def test_an_overlay_may_say_where_trainings_end_and_what_they_train(cli: Cli, finished: Finished) -> None:
+    finished("tiny", "debug=tiny", "model=b0", steps=4, top1=0.3)
+    first = next(csv.DictReader(io.StringIO(cli("table", "table7", "format=csv", "--", "debug=tiny").out)))
+    assert float(first["top1_here"]) == 0.3
+    assert first["source"] == "model=b0"
+    assert float(first["multiply_adds_b_here"]) < 0.01  # at 32 pixels
+
+
 def test_a_seed_trained_twice_counts_once(cli: Cli, finished: Finished) -> None:
     for name, seed, top1 in (("a", 0, 0.70), ("b", 1, 0.72), ("b-again", 1, 0.78)):
         finished(name, "model=b0", f"seed={seed}", top1=top1)
@@ -301,12 +310,16 @@ def test_trainings_may_go_to_a_new_folder(cli: Cli) -> None:
         (("table2", "run_root=/dev/null"), "run_root=/dev/null is no folder: give the folder that holds the runs'"),
         (("table2", "run=yes"), "run='yes' must be True or False or plan"),
         (("table2", "rate=3"), "rate=3 has no effect without run=plan or run=true"),
+        (("table2", "rate=0", "run=plan"), "rate=0 must be above 0"),
+        (("table7", "seeds=[]", "run=plan"), "seeds=[] must be different numbers from 0 to below 2 ** 63"),
+        (("table7", "seeds=[0,0]", "run=true"), "seeds=[0, 0] must be different numbers from 0 to below 2 ** 63"),
         (("table2", "outptu=x"), "outptu is not a key of the configuration: did you mean output?"),
         (("table2", "output=no/x.md"), "output=no/x.md: its folder does not exist"),
         (("table1", "run=plan"), "run is not a key of effnet-table table1, but of table2, table3, table5, table7"),
         (("table2", "threads=1"), "threads=1 is for the trainings: give it after --, as in: -- threads=1"),
         (("table2", "model.width=2"), "model.width=2 is for the trainings: give it after --"),
         (("table7", "--", "model.widht=2"), "model.widht is not a key of the configuration: did you mean model.width"),
+        (("table7", "--", "max_steps=few"), "max_steps=few must be a whole number or null"),
         (("table7", "data=imagnet"), "data=imagnet is not known: did you mean data=imagenet"),
         (("table5", "run=plan"), "new_classifier=true needs weights to put it on: give init_from=..."),
         (("table4", "rounds=0"), "rounds=0 must be at least 1"),
