@@ -48,8 +48,8 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
-        model, source = build.build_model(cfg.model, classes), f"init_from={cfg.init_from}"
-        build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
+        model = build.build_model(cfg.model, classes)
+        build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     plan, stages = build.build_plan(cfg, images), build_stages(cfg, images)
     meta_model = build.meta_model(cfg, classes, session.device)
