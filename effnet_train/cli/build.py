@@ -104,11 +104,18 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return turn(model, device.type == "cpu").to(device).to(memory_format=torch.channels_last)
 
 
-def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+def for_training(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """Place `model`, in training mode but for what is frozen."""
+    model = place(model, device).train()
+    instantiate(cfg.freeze)(model)
+    return model
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """Build the optimizer over `model`'s parameter groups; the step sets the learning rate."""
     arguments = cfg.copy()  # which still knows its place in the configuration, for messages
     with open_dict(arguments):
-        groups = param_groups(model, arguments.pop("weight_decay", 0.0))
+        groups = param_groups(model, arguments.pop("weight_decay", 0.0), layer_decay)
     return instantiate(arguments, groups, lr=0.0, _convert_="all")
 
 
@@ -155,7 +162,7 @@ def _every(cfg: DictConfig, key: str) -> Every:
 
 def check_batch(cfg: DictConfig, ranks: int) -> None:
     """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
-    pairs = instantiate(cfg.mixing).enabled
+    pairs = _mixes(cfg)
     accumulate = 1 if cfg.accumulate == "auto" else cfg.accumulate
     parts = ranks * accumulate * (2 if pairs else 1)
     if cfg.batch_size % parts:
@@ -164,11 +171,12 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
         raise ValueError(
             f"batch_size={cfg.batch_size} (global) is no multiple of {parts} ({why}): try batch_size={near}"
         )
-    pixels = math.ceil(cfg.data.preprocess.resolution / 32) ** 2  # of the last feature map
+    fewest = cfg.progressive.resolution or cfg.data.preprocess.resolution
+    pixels = math.ceil(fewest / 32) ** 2  # of the last feature map
     if cfg.batch_size // (ranks * accumulate) * pixels < 2:
         raise ValueError(
             f"batch_size={cfg.batch_size} leaves one image to a micro-batch ({ranks} ranks x accumulate={accumulate}), "
-            f"and BatchNorm needs two at {cfg.data.preprocess.resolution} pixels: "
+            f"and BatchNorm needs two at {fewest} pixels: "
             f"try batch_size={2 * ranks * accumulate}"
         )
 
@@ -178,20 +186,35 @@ def views(cfg: DictConfig) -> int:
     return (1 + (cfg.pseudo.ratio if cfg.pseudo.labels is not None else 0)) * (2 if cfg.advprop.epsilon else 1)
 
 
-def resolve_accumulate(cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str) -> int:
-    """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU."""
+def _mixes(cfg: DictConfig) -> bool:
+    """Say whether a batch is paired at any time of the run."""
+    return instantiate(cfg.mixing).enabled or bool(cfg.progressive.mixup_alpha)
+
+
+def resolve_accumulate(
+    cfg: DictConfig,
+    ranks: int,
+    device: torch.device,
+    classes: int,
+    precision: str,
+    resolution: int | None = None,
+) -> int:
+    """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU.
+
+    At `resolution`, None for that at which the run ends.
+    """
     if cfg.accumulate != "auto":
         return cfg.accumulate
     if device.type != "cuda":
         return 1
     model = meta_model(cfg, classes, device)
-    size, width = cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
+    size, width = resolution or cfg.data.preprocess.resolution, 4 if precision == "fp32" else 2
     few, more = (training_memory(model, size, count, activation_bytes=width) for count in (2, 4))
     per_image, fixed = (more - few) / 2, 2 * few - more
     # The rest is for what no count of tensors shows: the allocator's gaps, the libraries' workspaces.
     room = 0.85 * torch.cuda.get_device_properties(device).total_memory - fixed
     batch, per_image = cfg.batch_size // ranks, per_image * views(cfg)
-    step = 2 if instantiate(cfg.mixing).enabled else 1
+    step = 2 if _mixes(cfg) else 1
     fitting = [n for n in range(1, batch + 1) if batch % (n * step) == 0 and batch / n * per_image <= room]
     return fitting[0] if fitting else batch // step
 
@@ -282,7 +305,23 @@ def load_model(
 
 
 def check_start(cfg: DictConfig) -> None:
-    """Raise ValueError where a new classifier is asked for and no weights to put it on."""
+    """Raise ValueError where weights are needed to start from and none are given; or freezing needs plain layers."""
+    freeze = instantiate(cfg.freeze)
+    if freeze.batch_norm and cfg.model.get("fused", False) is not False:
+        raise ValueError(
+            f"freeze.batch_norm=true does not go with model.fused={cfg.model.fused}, whose kernels normalise by the "
+            "batch: use model.fused=false"
+        )
+    if (freeze.up_to != 0 or freeze.batch_norm) and cfg.init_from is None:
+        key = f"freeze.up_to={freeze.up_to}" if freeze.up_to != 0 else "freeze.batch_norm=true"
+        raise ValueError(
+            f"{key} would freeze what nobody has trained: give init_from=..., a run's folder, a file, or a name as "
+            "timm:tf_efficientnet_b0.aa_in1k"
+        )
+    if cfg.select_by.endswith("per_class") and not cfg.data.get("per_class", False):
+        raise ValueError(
+            f"select_by={cfg.select_by} is not measured: give data.per_class=true, or select_by=val_ema/top1"
+        )
     if cfg.new_classifier and cfg.init_from is None:
         raise ValueError(
             "new_classifier=true needs weights to put it on: give init_from=..., a run's folder, a file, or a name as "
@@ -308,6 +347,13 @@ def check_same_settings(cfg: DictConfig, meta: Mapping[str, Any]) -> None:
         told = "; ".join(f"{key} is {one} here and {other} there" for key, (one, other) in differing.items())
         overrides = " ".join(f"{key}={str(other).replace(' ', '')}" for key, (_, other) in differing.items())
         raise ValueError(f"init_from={cfg.init_from} holds weights of other settings ({told}): give {overrides}")
+    here, there = cfg.data.preprocess.resolution, meta["preprocess"]["resolution"]
+    if cfg.freeze.up_to == "last_norm" and here < there:
+        raise ValueError(
+            f"recipe=fixres (freeze.up_to=last_norm) adapts weights to a larger test size: model.resolution={here} is "
+            f"below {there}, at which those of init_from={cfg.init_from} were trained; give at least that, or train at "
+            "less"
+        )
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -23,7 +23,9 @@ _SHARED: Mapping[str, Any] = {
 }
 TRAIN: Mapping[str, Any] = {
     **_SHARED,
-    **dict.fromkeys(("model", "augment", "optim", "schedule", "loggers", "loss", "mixing"), Mapping),
+    **dict.fromkeys(
+        ("model", "augment", "optim", "schedule", "loggers", "loss", "mixing", "freeze", "progressive"), Mapping
+    ),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
     "distill": "effnet_train.engine.teacher.Distill",
@@ -31,13 +33,16 @@ TRAIN: Mapping[str, Any] = {
     "pseudo": "effnet_train.data.pseudo.Pseudo",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
-    **dict.fromkeys(("epochs", "ema_decay"), float),
+    **dict.fromkeys(("epochs", "ema_decay", "layer_decay"), float),
     **dict.fromkeys(("compile", "cuda_graph", "deterministic", "dry_run", "new_classifier"), bool),
     "max_steps": int | None,
     "clip_norm": float | None,
     "on_nan": Literal["stop", "skip", "rollback"],
     **dict.fromkeys(("accumulate", "threads"), int | Literal["auto"]),
-    "select_by": Literal["val_ema/top1", "val_ema/top5", "val_ema/loss", "val/top1", "val/top5", "val/loss"],
+    "select_by": Literal[
+        *("val_ema/top1", "val_ema/top5", "val_ema/per_class", "val_ema/loss"),
+        *("val/top1", "val/top5", "val/per_class", "val/loss"),
+    ],
     **dict.fromkeys(("init_from", "init_source"), str | None),
     "stop_signals": list[StopSignal],
     "stop_before_end_s": float,
@@ -50,14 +55,14 @@ EVAL: Mapping[str, Any] = {
     **_SHARED,
     "checkpoint": str | list[str],
     **dict.fromkeys(("weights", "split"), str),
-    "resolution": int | None,
+    "resolution": int | list[int] | None,
     "classes": "effnet_train.data.classes.Match",
     "crops": Literal[1, 5],
     "flip": bool,
     "fold": Literal["auto", True, False],
     "attack": "effnet_train.engine.adversarial.Attack",
     "source": str | list[str | None] | None,
-    **dict.fromkeys(("real_labels", "details", "output"), str | None),
+    **dict.fromkeys(("real_labels", "details", "picture", "output"), str | None),
 }
 LABEL: Mapping[str, Any] = {
     **_SHARED,
@@ -79,9 +84,15 @@ PREDICT: Mapping[str, Any] = {
     "workers": int | Literal["auto"],
 }
 EXPORT: Mapping[str, Any] = {
-    **dict.fromkeys(("checkpoint", "weights", "format"), str),
+    **dict.fromkeys(("weights", "format", "device"), str),
     "fold": bool,
-    **dict.fromkeys(("source", "output", "push_to_hub"), str | None),
+    **dict.fromkeys(("checkpoint", "source", "output", "push_to_hub"), str | None),
+    "average": list[str] | None,
+    "soup": Literal["uniform", "greedy"],
+    "batch_norm": int | None,
+    "data": Mapping,
+    "batch_size": int,
+    "workers": int | Literal["auto"],
 }
 DATA_VERIFY: Mapping[str, Any] = {
     "data": Mapping,

@@ -94,14 +94,19 @@ def show(cfg: DictConfig) -> None:
     from effnet_train.analysis.data_pictures import contact_sheet
     from effnet_train.analysis.details import readable_names
     from effnet_train.cli import build, check
+    from effnet_train.cli.stages import build_stages
     from effnet_train.distributed import Session
+    from effnet_train.engine.progressive import stage_at
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.DATA_SHOW)
     output = Path(config["output"])
     check_file("output", output, (".png", ".jpg", ".webp"))
     data = build.build_data(config["data"], Session())
-    images, labels = _samples(config, data)
+    stages = build_stages(cfg, len(data.train))
+    stage = stages[stage_at(stages, config["step"])]
+    data = stage.data(data)
+    images, labels = _samples(config, data, stage)
     names = readable_names(data.classes)
     size = data.preprocess.resolution
     title = (
@@ -114,7 +119,7 @@ def show(cfg: DictConfig) -> None:
     print(f"{output}: {len(images)} samples, {title}")
 
 
-def _samples(config: Mapping[str, Any], data: Any) -> tuple[list[Any], list[int]]:
+def _samples(config: Mapping[str, Any], data: Any, stage: Any) -> tuple[list[Any], list[int]]:
     """Return pixels and labels of the first samples that a run draws from a step on."""
     from hydra.utils import instantiate
 
@@ -122,7 +127,7 @@ def _samples(config: Mapping[str, Any], data: Any) -> tuple[list[Any], list[int]
     from effnet_train.data.loader import train_batches
     from effnet_train.distributed import Session
 
-    augment = instantiate(config["augment"], _convert_="all")
+    augment = stage.augment(instantiate(config["augment"], _convert_="all"))
     count, size = config["count"], config["batch_size"]
     start, stop = config["step"], config["step"] + -(-count // size)
     reading = build_reading(OmegaConf.create(dict(config)), data, Session(), None)

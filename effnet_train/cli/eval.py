@@ -11,6 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
+from effnet_train.cli.checkpoint_data import data_config, without_preprocess
+from effnet_train.cli.eval_sweep import check_sweep, report_sweep
 
 if TYPE_CHECKING:  # the commands' help comes without torch
     from torch import nn
@@ -36,10 +38,7 @@ def task(cfg: DictConfig) -> None:
             f"{wrong[0]}: the checkpoint's own preprocessing is used, whatever the data set says; "
             "resolution=... is what can be changed"
         )
-    # The data set's preprocessing refers to a model's configuration, which there is none of here.
-    config: Any = OmegaConf.to_container(cfg, resolve=False)
-    config["data"].pop("preprocess", None)
-    config = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    config = without_preprocess(cfg)
     check.check_config(config, check.EVAL)
     device = distributed.resolve_device(cfg.device)
     ranks = distributed.resolve_ranks(cfg.ranks, device)
@@ -64,17 +63,28 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
         parts = [_load(config, part, session, precision) for part in asked]
         first = parts[0]
         _check_same_classes(parts)
-        data = build.build_data(OmegaConf.create(_data_config(config, first)), session)
+        data = build.build_data(
+            OmegaConf.create(data_config(config["data"], first.label, first.meta, first.preprocess)), session
+        )
         scored = match_classes(data.classes, first.classes, config["classes"])
         source = _split(data, config["split"])
-        results = evaluate_members(
-            [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
-            num_images=len(source),
-            precision=precision,
-            session=session,
-            flip=config["flip"],
-            measure=_measure(config, source, scored),
-        )
+
+        def score(parts: Sequence[Part]) -> "Mapping[str, Metrics]":
+            return evaluate_members(
+                [_member(config, part, scored=scored, data=data, source=source, session=session) for part in parts],
+                num_images=len(source),
+                precision=precision,
+                session=session,
+                flip=config["flip"],
+                measure=_measure(config, source, scored, per_class=data.per_class),
+            )
+
+        if isinstance(config["resolution"], list):
+            found = {size: _last(score([first.at(size)])) for size in config["resolution"]}
+            if session.is_main:
+                _write_record(config, [first], report_sweep(config, first, found))
+            return
+        results = score(parts)
         if session.is_main:
             report(config, parts, results)
             if config["details"] is not None:
@@ -116,6 +126,16 @@ class Part:
     def step(self) -> int:
         """Return the step of the run that they are of; published weights have none."""
         return int(self.meta.get("step", 0))
+
+    @property
+    def whose(self) -> str:
+        """Say where the weights are from."""
+        published = "source" in self.meta
+        return f"weights of {self.which}" if published else f"{self.which} weights of step {self.step:,}"
+
+    def at(self, resolution: int) -> "Part":
+        """Return the same, scored at another resolution."""
+        return replace(self, preprocess=self.preprocess.at(resolution))
 
 
 def _asked(config: Config) -> list[Asked]:
@@ -161,6 +181,7 @@ def _check_request(config: Config, asked: Sequence[Asked]) -> None:
     if config["attack"]["epsilon"] and (len(asked) > 1 or config["fold"] is True):
         other = "checkpoint= of several" if len(asked) > 1 else "fold=true, which has no gradients"
         raise ValueError(f"attack.epsilon={config['attack']['epsilon']} does not go with {other}")
+    check_sweep(config, len(asked))
     if config["real_labels"] is not None and config["classes"] == "subset":
         raise ValueError("real_labels= are of all classes of ImageNet: they do not go with classes=subset")
 
@@ -175,7 +196,7 @@ def _load(config: Config, asked: Asked, session: "Session", precision: str) -> P
     exported = asked.file is not None and asked.file.suffix == ".safetensors"
     which = meta.get("source") or ("selected" if exported else config["weights"])
     preprocess = Preprocess(**meta["preprocess"])
-    if config["resolution"] is not None:
+    if isinstance(config["resolution"], int):
         preprocess = preprocess.at(config["resolution"])
     fold = False if config["attack"]["epsilon"] else config["fold"]
     model, network = folded(model, fold, device=session.device, precision=precision)
@@ -190,41 +211,6 @@ def _check_same_classes(parts: Sequence[Part]) -> None:
                 f"{first.label} and {other.label} were trained for other classes ({len(first.classes)} and "
                 f"{len(other.classes)}, or other names): only models of the same ones can be averaged"
             )
-
-
-def _data_config(config: Config, part: Part) -> dict[str, Any]:
-    """Return the data set asked for, or the checkpoint's own, with the checkpoint's preprocessing."""
-    chosen, own = config["data"], part.meta["data"]
-    if "_target_" not in chosen:
-        if not own:
-            raise ValueError(
-                f"checkpoint={part.label} carries no data set: choose one, as data=imagenet data.root=/path"
-            )
-        given = {key: value for key, value in chosen.items() if value is not None}
-        # A file chooses no place to write.
-        own = {key: None if key in ("cache", "shard_cache") else value for key, value in own.items()}
-        chosen = {**own, **given, "expected": _expected(chosen["expected"], own.get("expected"))}
-        if "root" not in given and not Path(own["root"]).is_dir():
-            # Nothing is made or fetched at a place that a file chose.
-            raise FileNotFoundError(
-                f"checkpoint={part.label} was trained on data.root={own['root']}, which is not here: give data.root=..."
-            )
-    elif chosen["root"] is None:
-        raise ValueError("data.root has no value: give data.root=... on the command line")
-    elif not (Path(chosen["root"]).is_dir() or chosen["root"].startswith("hub:") or "://" in chosen["root"]) and all(
-        chosen.get(k) == own.get(k) for k in ("_target_", "dataset")
-    ):
-        chosen = {**chosen, "root": own["root"]}  # the same data set, where the checkpoint's run had it
-    target = {"_target_": "effnet_train.data.preprocess.Preprocess"}
-    return {**chosen, "preprocess": {**target, **part.preprocess.to_dict()}}
-
-
-def _expected(chosen: Any, own: Any) -> Any:
-    if chosen == "own":
-        return own
-    if chosen is not None and not isinstance(chosen, Mapping):
-        raise ValueError(f"data.expected={chosen} must be own, the checkpoint's; null; or counts as {{val: 50000}}")
-    return chosen
 
 
 def _split(data: "Data", split: str) -> "Source":
@@ -270,12 +256,18 @@ def _member(
     return Member({part.label: model}, batches, part.preprocess)
 
 
-def _measure(config: Config, source: "Source", scored: Sequence[int]) -> "Measure":
+def _measure(config: Config, source: "Source", scored: Sequence[int], *, per_class: bool) -> "Measure":
     from effnet_train.data.classes import real_labels
     from effnet_train.engine.scores import Measure
 
     real = None if config["real_labels"] is None else real_labels(Path(config["real_labels"]), source, scored)
-    return Measure(calibration=True, confusion=len(scored) if config["details"] is not None else 0, real=real)
+    classes = len(scored)
+    return Measure(
+        calibration=True,
+        confusion=classes if config["details"] is not None else 0,
+        per_class=classes if per_class else 0,
+        real=real,
+    )
 
 
 def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics"]) -> None:
@@ -283,8 +275,6 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
 
     `results` are those of the members, and where there are several, at the end that of their average.
     """
-    from effnet_train.engine.checkpoint import write_bytes
-
     members = [
         {
             "checkpoint": part.label,
@@ -304,19 +294,25 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
     }
     for part in parts:
-        published = "source" in part.meta
-        whose = f"weights of {part.which}" if published else f"{part.which} weights of step {part.step:,}"
         alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
         print(
-            f"{part.label} ({whose}), {config['split']} at {part.preprocess.resolution} pixels, {part.network}{alone}"
+            f"{part.label} ({part.whose}), {config['split']} at {part.preprocess.resolution} pixels, "
+            f"{part.network}{alone}"
         )
     if config["attack"]["epsilon"]:
         print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in config["attack"].items()))
     _print_scores(_last(results), _views(config, len(parts)))
+    _write_record(config, parts, record)
+
+
+def _write_record(config: Config, parts: Sequence[Part], record: Mapping[str, Any]) -> None:
+    """Print the record as a JSON line, and write it to the output file."""
+    from effnet_train.engine.checkpoint import write_bytes
+
     line = json.dumps(record)
     print(line)
     # Several checkpoints have no folder of their own; nor shall it be a cache, where names lead.
-    beside = None if several or parts[0].file is None else parts[0].file.parent / "eval.json"
+    beside = None if len(parts) > 1 or parts[0].file is None else parts[0].file.parent / "eval.json"
     output = Path(config["output"]) if config["output"] else beside
     if output is None:
         return
@@ -345,6 +341,8 @@ def _print_scores(metrics: "Metrics", averaged: str) -> None:
         print(f"  averaged over {averaged}")
     print(f"  top-1     {metrics.top1:8.2%}")
     print(f"  top-5     {metrics.top5:8.2%}")
+    if metrics.per_class is not None:
+        print(f"  per class {metrics.per_class:8.2%}   (mean of the classes' accuracies)")
     if metrics.real_top1 is not None:
         print(f"  ReaL      {metrics.real_top1:8.2%}   (of {metrics.real_images:,} images)")
     print(f"  loss      {metrics.loss:8.4f}")

@@ -24,6 +24,8 @@ def check_objective(cfg: DictConfig) -> None:
         raise ValueError(f"{' and '.join(keys)} are two objectives: choose one")
     if keys and cfg.cuda_graph:
         raise ValueError(f"cuda_graph=true captures the labels' loss only: with {keys[0]} set cuda_graph=false")
+    if cfg.advprop.epsilon and (cfg.freeze.up_to != 0 or cfg.freeze.batch_norm):
+        raise ValueError("freeze= keeps BatchNorms as they are, and advprop.epsilon= trains two of each: choose one")
     if cfg.advprop.epsilon and cfg.model.get("fused", False):
         raise ValueError(
             f"model.fused={cfg.model.fused}: the fused kernels have no auxiliary BatchNorm: with advprop.epsilon= set "

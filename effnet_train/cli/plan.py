@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import complexity, training_memory
 from effnet_train.cli import build, run_folder
+from effnet_train.cli.stages import build_stages, describe_stages
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
@@ -34,17 +35,23 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     session = Session(device=torch.device(device))
     build.check_batch(cfg, ranks)
     if cfg.cuda_graph:
-        check_graph(Session(0, ranks, session.device), precision=cfg.precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+        check_graph(
+            Session(0, ranks, session.device),
+            precision=cfg.precision,
+            on_nan=cfg.on_nan,
+            compiled=cfg.compile,
+            layer_decay=cfg.layer_decay,
+        )
     check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     Checkpoints(folder, **cfg.checkpoint)
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
-        model, source = build.build_model(cfg.model, classes), f"init_from={cfg.init_from}"
-        build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
+        model = build.build_model(cfg.model, classes)
+        build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
-    plan = build.build_plan(cfg, images)
+    plan, stages = build.build_plan(cfg, images), build_stages(cfg, images)
     meta_model = build.meta_model(cfg, classes, session.device)
     size = cfg.data.preprocess.resolution
     cost = complexity(meta_model, size)
@@ -78,6 +85,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("precision", f"{precision} on {device}"),
         ("steps", f"{plan.steps_per_epoch:,.1f} an epoch, {plan.total_steps:,} in {plan.epochs:g} epochs"),
         ("learning rate", _learning_rates(plan)),
+        *([("stages", describe_stages(stages))] if len(stages) > 1 else []),
         (
             "memory",
             f"about {memory / 2**30:.2f} GiB a rank: weights, gradients, optimizer, average, activations{scarce}",
@@ -126,11 +134,11 @@ def images_per_s(cfg: DictConfig, classes: int, precision: str, session: Session
     """Time the real step on this device, on as many random images as are quick to compute."""
     size = cfg.data.preprocess.resolution
     model = build.build_model(cfg.model, classes)
-    model = build.place(model, session.device).train()
+    model = build.for_training(cfg, model, session.device)
     state = TrainState(
         model,
         EMA(model, cfg.ema_decay),
-        build.build_optimizer(cfg.optim, model),
+        build.build_optimizer(cfg.optim, model, cfg.layer_decay),
         torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
         no_statistics(session.device),
     )

@@ -17,6 +17,7 @@ from effnet_train.cli import build, run_folder
 from effnet_train.cli.objective import build_objective
 from effnet_train.cli.provenance import provenance
 from effnet_train.cli.pseudo import Reading, build_reading, warn_of_size
+from effnet_train.cli.stages import build_stages, micro_batches
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
@@ -37,8 +38,9 @@ from effnet_train.engine.faults import Faults, RollBackError, passed_over
 from effnet_train.engine.faults import read as read_faults
 from effnet_train.engine.graph import GraphStepper, check_graph
 from effnet_train.engine.loggers import Logger
+from effnet_train.engine.progressive import StagedStepper, staged
 from effnet_train.engine.saving import Checkpoints
-from effnet_train.engine.scores import Metrics
+from effnet_train.engine.scores import Measure, Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
 from effnet_train.models.auxiliary import add_auxiliary, main_tensors
@@ -74,13 +76,15 @@ def prepare(
     reading = build_reading(cfg, data, session, known)
     check_device(data.backend, session.device, data.preprocess, augment)
     plan = _plan(cfg, data, session)
-    cfg.accumulate = build.resolve_accumulate(cfg, session.world_size, session.device, len(data.classes), precision)
+    stages = build_stages(cfg, len(data.train))
+    pieces = micro_batches(cfg, stages, len(data.classes), precision, session)
+    cfg.accumulate = pieces[-1]
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
     objective, taught = build_objective(cfg, state.model, data, session, known)
     warn_of_size(reading, state.model, cfg.pseudo.labels, session)
     parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
-    step = _stepper(cfg, state, parts, data, precision, session)
+    step = staged(_stepper(cfg, state, parts, data, precision, session), stages, pieces)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
@@ -98,7 +102,7 @@ def prepare(
         state=state,
         plan=plan,
         step=step,
-        batches=partial(_batches, cfg, reading, augment, plan, folder, session, passed_over(faults.known)),
+        batches=partial(_batches, cfg, reading, augment, step, plan, folder, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
         meta={**build.metadata(cfg, data, precision), **taught, **reading.known},
@@ -127,7 +131,7 @@ def _stepper(
     }
     if not cfg.cuda_graph:
         return Stepper(**parts)
-    check_graph(session, precision=precision, on_nan=cfg.on_nan, compiled=cfg.compile)
+    check_graph(session, precision=precision, on_nan=cfg.on_nan, compiled=cfg.compile, layer_decay=cfg.layer_decay)
     return GraphStepper(**parts, update=OnePass(state.optimizer, state.ema))
 
 
@@ -197,7 +201,7 @@ def _state(
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
-    model = build.place(model, session.device).train()
+    model = build.for_training(cfg, model, session.device)
     ema = EMA(model, cfg.ema_decay)
     if cfg.advprop.epsilon:  # after the average, which is of what is kept of the model
         add_auxiliary(model)
@@ -207,7 +211,7 @@ def _state(
     state = TrainState(
         model=model,
         ema=ema,
-        optimizer=build.build_optimizer(cfg.optim, model),
+        optimizer=build.build_optimizer(cfg.optim, model, cfg.layer_decay),
         scaler=torch.amp.GradScaler(session.device.type, enabled=precision == "fp16"),
         statistics=no_statistics(session.device),
     )
@@ -253,27 +257,32 @@ def _batches(
     cfg: DictConfig,
     reading: Reading,
     augment: Augment,
+    step: StagedStepper,
     plan: Plan,
     folder: Path,
-    session: Session,
     passed_over: Sequence[tuple[int, int]],
     start: int,
 ) -> Iterator[tuple[Batch, ...]]:
+    session = step.steppers[0].session
     place = {"rank": session.rank, "world_size": session.world_size, "passed_over": passed_over}
     order = reading.mixture.order(plan.batch_size, cfg.seed, **place)
     workers = build.resolve_workers(cfg.workers, session.device)
-    micro_batches = train_batches(
-        reading.data,
-        augment,
-        order,
-        start=start,
-        stop=plan.total_steps,
-        accumulate=cfg.accumulate,
-        workers=workers,
-        device=session.device,
-    )
-    listed = listing(micro_batches, folder / BAD_IMAGES)
-    return zip(*[listed] * cfg.accumulate, strict=True)
+    for stage, stepper in zip(step.stages, step.steppers, strict=True):
+        first, stop = max(start, stage.start), min(stage.stop, plan.total_steps)
+        if first >= stop:
+            continue
+        batches = train_batches(
+            stage.data(reading.data),
+            stage.augment(augment),
+            order,
+            start=first,
+            stop=stop,
+            accumulate=stepper.accumulate,
+            workers=workers,
+            device=session.device,
+        )
+        listed = listing(batches, folder / BAD_IMAGES)
+        yield from zip(*[listed] * stepper.accumulate, strict=True)
 
 
 def _evaluate(
@@ -302,6 +311,7 @@ def _evaluate(
         preprocess=data.preprocess,
         precision=precision,
         session=session,
+        measure=Measure(per_class=len(data.classes) if data.per_class else 0),
         stopped=stopped,
     )
 
@@ -315,7 +325,9 @@ def _finish(run: Run, data: Data, score: Callable[..., dict[str, Metrics]], stop
     if data.test is None and not session.is_main:
         return
     weights = _selected(run) if session.is_main else None
-    lines = [f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5"))]
+    lines = [
+        f"{key} {value:.2%}" for key, value in run.state.best.items() if key.endswith(("top1", "top5", "per_class"))
+    ]
     summary: dict[str, Any] = {"best": run.state.best, "steps": run.state.step}
     if data.test is not None:
         metrics = score(data.test, {"test": _shared(run, weights)}, stopped)["test"]

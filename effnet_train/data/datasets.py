@@ -25,7 +25,8 @@ class Data:
 
     `val` is what training is watched and selected by; `test` is None, or the untouched validation set where `val` was
     held out of the training images. `on_error` says what a corrupt image does: `raise`, or `skip` with a count;
-    `backend` is what decodes and resizes, see `backends.open_picture`.
+    `backend` is what decodes and resizes, see `backends.open_picture`. `per_class` asks for the mean of the classes'
+    accuracies too.
     """
 
     train: Source
@@ -34,6 +35,7 @@ class Data:
     preprocess: Preprocess
     on_error: str
     backend: str = BACKENDS[0]
+    per_class: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ class Common(TypedDict, total=False):
     on_error: str
     backend: str
     expected: Mapping[str, int] | None
+    per_class: bool
 
 
 def assemble(
@@ -61,6 +64,7 @@ def assemble(
     on_error: str = "raise",
     backend: str = BACKENDS[0],
     expected: Mapping[str, int] | None = None,
+    per_class: bool = False,
 ) -> Data:
     """Check that `train` and `val` belong together, and hold `minival` images out of `train` for selection.
 
@@ -84,11 +88,11 @@ def assemble(
     if not 0 <= minival < len(train):
         raise ValueError(f"data.minival={minival} must be less than the {len(train)} training images, and not negative")
     if minival == 0:
-        return Data(train, val, None, preprocess, on_error, backend)
+        return Data(train, val, None, preprocess, on_error, backend, per_class)
     # The split must not change with the run's seed: two runs are to be selected by the same images.
     shuffled = permutation(0, 0, len(train))
     held_out, rest = np.sort(shuffled[:minival]), np.sort(shuffled[minival:])
-    return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error, backend)
+    return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error, backend, per_class)
 
 
 def check_on_error(on_error: str) -> None:

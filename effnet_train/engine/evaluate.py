@@ -37,15 +37,16 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 
 @contextmanager
 def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode, and back into their own."""
-    modes = [(model, model.training) for model in models]
+    """Put models into evaluation mode, and back into their own, which frozen parts may have of theirs."""
+    models = list(models)
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for model, _ in modes:
+        for model in models:
             model.eval()
         yield
     finally:
-        for model, training in modes:
-            model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class OfClasses(nn.Module):
@@ -69,6 +70,7 @@ def evaluate(
     preprocess: Preprocess,
     precision: str,
     session: Session,
+    measure: Measure = TRAINING,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Metrics]:
     """Score each of `models` on `batches`, this rank's share of `num_images`; each image is read once for all.
@@ -77,7 +79,9 @@ def evaluate(
     Raises Interrupted where it says yes, and AssertionError where all ranks' images do not add up to `num_images`.
     """
     members = [Member(models, batches, preprocess)]
-    return evaluate_members(members, num_images=num_images, precision=precision, session=session, stopped=stopped)
+    return evaluate_members(
+        members, num_images=num_images, precision=precision, session=session, measure=measure, stopped=stopped
+    )
 
 
 @torch.inference_mode()

@@ -17,13 +17,14 @@ from effnet_train.optim.one_pass import OnePass
 _EAGER_STEPS = 3  # of a process, before it captures: libraries choose their algorithms, kernels are compiled
 
 
-def check_graph(session: Session, *, precision: str, on_nan: str, compiled: bool) -> None:
+def check_graph(session: Session, *, precision: str, on_nan: str, compiled: bool, layer_decay: float = 1.0) -> None:
     """Raise ValueError, naming the key, where a step cannot be captured."""
     why = {
         f"device={session.device.type} has no CUDA graphs": session.device.type != "cuda",
         f"the {session.world_size} ranks meet within a step": session.world_size > 1,
         "precision=fp16 has the host read its scale in every step: bf16 has none": precision == "fp16",
         "on_nan=skip has the host wait in every step: stop and rollback do not": on_nan == "skip",
+        f"layer_decay={layer_decay} asks for several learning rates": layer_decay != 1,
         "compile=true captures graphs of its own": compiled,
     }
     reasons = [reason for reason, holds in why.items() if holds]

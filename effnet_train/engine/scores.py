@@ -1,7 +1,7 @@
 """From logits to sums over images, which ranks can add exactly, and from sums to metrics."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,16 @@ class Measure:
     calibration: bool = False
     confusion: int = 0  # how many classes to make a matrix of; 0: none
     real: Tensor | None = None  # (images of the source, L) right classes, filled up with -1: `data.classes.real_labels`
+    per_class: int = 0  # how many classes to find the mean accuracy of; 0: none
 
     @property
     def needs_predictions(self) -> bool:
         """Say whether anything here goes by the predicted class of each image."""
-        return self.calibration or bool(self.confusion) or self.real is not None
+        return self.calibration or bool(self.confusion) or bool(self.per_class) or self.real is not None
 
     def to(self, device: torch.device) -> "Measure":
         """Return the same with its labels on `device`."""
-        return Measure(self.calibration, self.confusion, None if self.real is None else self.real.to(device))
+        return replace(self, real=None if self.real is None else self.real.to(device))
 
 
 TRAINING = Measure()  # a run asks for no more than these
@@ -40,6 +41,7 @@ class Metrics:
     """What an evaluation found: fractions, and `loss`, the mean cross entropy without smoothing.
 
     `ece` is the expected calibration error; `real_top1` is over the `real_images` that have reassessed labels.
+    `per_class` is the mean, over the classes that have images, of each one's top-1.
     `confusion` (K, K + 1) int64 counts images by true and predicted class, the last column those whose logits are not
     finite; `calibration` (3, BINS) holds images, hits and summed confidence by confidence.
     """
@@ -53,12 +55,14 @@ class Metrics:
     ece: float | None = None
     real_top1: float | None = None
     real_images: int | None = None
+    per_class: float | None = None
     confusion: np.ndarray | None = field(default=None, compare=False, repr=False)
     calibration: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def scalars(self, prefix: str) -> dict[str, float]:
         """Return the scores for a log, named `prefix/top1` and so on, and the images skipped, where there are any."""
-        keys = ("top1", "top5", "loss", *(["skipped"] if self.skipped else []))
+        more = ["per_class"] * (self.per_class is not None) + ["skipped"] * bool(self.skipped)
+        keys = ("top1", "top5", "loss", *more)
         return {f"{prefix}/{key}": float(getattr(self, key)) for key in keys}
 
     def record(self) -> dict[str, Any]:
@@ -115,6 +119,13 @@ def real_hits(predicted: Tensor, right: Tensor) -> Tensor:
     return torch.stack([hit.sum(), (right >= 0).any(dim=1).sum()])
 
 
+def class_hits(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return images and hits of each class, (2, K) int64, of predictions and labels (N,)."""
+    counts = torch.zeros(2, classes, dtype=torch.int64, device=labels.device)
+    rows = torch.stack([torch.ones_like(labels), (predicted == labels).long()])
+    return counts.scatter_add_(1, labels.expand(2, -1), rows)
+
+
 def no_sums(measure: Measure, device: torch.device) -> Sums:
     """Return the sums over no image of what `measure` asks for; all ranks hold the same ones, in the same order."""
     sums = {"scores": torch.zeros(3, dtype=torch.float64, device=device)}
@@ -123,6 +134,8 @@ def no_sums(measure: Measure, device: torch.device) -> Sums:
     if measure.confusion:
         size = (measure.confusion, measure.confusion + 1)
         sums["confusion"] = torch.zeros(size, dtype=torch.int64, device=device)
+    if measure.per_class:
+        sums["per_class"] = torch.zeros(2, measure.per_class, dtype=torch.int64, device=device)
     if measure.real is not None:
         sums["real"] = torch.zeros(2, dtype=torch.int64, device=device)
     return sums
@@ -139,6 +152,8 @@ def batch_sums(logits: Tensor, labels: Tensor, keys: Tensor, measure: Measure) -
         sums["calibration"] = calibration(logits, predicted == labels)
     if measure.confusion:
         sums["confusion"] = confusion(predicted, labels, measure.confusion)
+    if measure.per_class:
+        sums["per_class"] = class_hits(predicted, labels, measure.per_class)
     if measure.real is not None:
         sums["real"] = real_hits(predicted, measure.real[keys])
     return sums
@@ -155,6 +170,10 @@ def to_metrics(total: Sums, *, images: int, skipped: int, images_per_s: float) -
     if "confusion" in total:
         more["confusion"] = total["confusion"].cpu().numpy()
         _check_count("confusion", more["confusion"].sum(), images)
+    if "per_class" in total:
+        counted, right = total["per_class"].double()
+        more["per_class"] = (right / counted)[counted > 0].mean().item() if images else 0.0
+        _check_count("per_class", counted.sum().item(), images)
     if "real" in total:
         right, more["real_images"] = total["real"].tolist()
         more["real_top1"] = right / max(1, more["real_images"])

@@ -39,8 +39,10 @@ class TrainState:
 
     @cached_property
     def running_statistics(self) -> list[Tensor]:
-        """Return BatchNorm's running means and variances."""
-        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        """Return BatchNorm's running means and variances, but frozen ones: an average over ranks would round them."""
+        trained = [module for module in self.model.modules() if module.training]
+        buffers = [buffer for module in trained for buffer in module.buffers(recurse=False)]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
 
     @property
     def summed(self) -> list[Tensor]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class Stepper:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_norm)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -169,6 +169,18 @@ class Stepper:
             add_statistics(state.statistics, loss, logits, targets, number)
 
 
+class Step(Protocol):
+    """What trains on a batch: a `Stepper`, or several of them in turn."""
+
+    def __call__(self, state: TrainState, batch: Sequence[Batch], lr: float) -> bool:
+        """Train `state` on the micro-batches of this rank; say whether it did."""
+        ...
+
+    def settle(self, state: TrainState, batch_size: int) -> None:
+        """Do what is to be done before the first step of a process."""
+        ...
+
+
 def add_statistics(statistics: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step: float | Tensor) -> None:
     """Add one micro-batch of step `step` (the first is 1) to the sums of `no_statistics`, in place.
 
@@ -188,7 +200,7 @@ class Run:
 
     state: TrainState
     plan: Plan
-    step: Stepper
+    step: Step
     batches: Callable[[int], Iterable[Sequence[Batch]]]  # from a step to the end, each in micro-batches
     # Asks the second argument now and then; raises Interrupted where it says yes.
     evaluate: Callable[[dict[str, nn.Module], Callable[[], bool]], dict[str, Metrics]]

@@ -59,6 +59,8 @@ class OnePass:
 
         averages = {source.data_ptr(): average for average, source in self.ema.pairs()}
         for group in self.optimizer.param_groups:
+            if not group["params"]:  # all frozen
+                continue
             tensors = [(p, p.grad, *self._state(p), averages.pop(p.data_ptr())) for p in group["params"]]
             for parts in tensors:
                 assert all(part.dtype == torch.float32 and _order(part) == _order(parts[0]) for part in parts)

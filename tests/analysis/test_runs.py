@@ -43,6 +43,15 @@ def test_scores_are_those_that_selected(tmp_path: Path) -> None:
     assert (run.top1, run.top5, run.data.name) == (0.7, 0.8, "some")
 
 
+def test_the_mean_over_classes_stands_for_top1_where_it_was_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "one", top1=0.7)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["best"]["val_ema/per_class"] = 0.65
+    (folder / "summary.json").write_text(json.dumps(summary))
+    [run] = find_runs(tmp_path)[0]
+    assert run.top1 == 0.65
+
+
 def test_held_out_images_give_way_to_the_validation_set(tmp_path: Path) -> None:
     folder = write(tmp_path / "one", images=75)
     config = yaml.safe_load((folder / "config.yaml").read_text())

@@ -111,7 +111,7 @@ def test_evaluation_is_checked_by_its_own_keys(compose: Compose) -> None:
     check.check_config(config, check.EVAL)
     for key, value, message in (
         ("batch_size", 0, "batch_size=0 must be at least 1"),
-        ("resolution", "large", "resolution='large' must be a whole number or null"),
+        ("resolution", "large", "resolution='large' must be a whole number or a list of whole numbers or null"),
         ("checkpoint", 3, "checkpoint=3 must be text or a list"),
         ("classes", "no", "classes='no' must be same or any or subset or index"),
         ("crops", 10, "crops=10 must be 1 or 5"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix, log_loss, recall_score, top_k_accuracy_score
 from torch import Tensor, nn
 
 from effnet_train.data.loader import Batch
@@ -132,6 +132,21 @@ def test_a_sum_that_misses_an_image_is_noticed(made: tuple[Tensor, Tensor]) -> N
         wrong = {**total, lost: torch.zeros_like(total[lost])}
         with pytest.raises(AssertionError, match=f"images in {name}, of {COUNT}"):
             to_metrics(wrong, images=COUNT, skipped=0, images_per_s=1)
+
+
+def test_the_mean_over_classes_is_scikit_learns(made: tuple[Tensor, Tensor]) -> None:
+    """Of classes with different numbers of images, and of one with none."""
+    logits, labels = made
+    few = (labels < 4) | (torch.arange(COUNT) % 3 == 0)
+    logits, labels = logits[few & (labels != 7)], labels[few & (labels != 7)]
+    found = measured(logits, labels, Measure(per_class=CLASSES))
+    present = labels.unique().tolist()
+    assert len(present) == CLASSES - 1
+    expected = recall_score(labels, logits.argmax(1), labels=present, average="macro")
+    assert found.per_class == pytest.approx(expected, rel=1e-12)
+    assert found.per_class != pytest.approx(found.top1, rel=1e-3)
+    assert found.scalars("val")["val/per_class"] == found.per_class
+    assert "per_class" in found.record()
 
 
 def test_training_asks_for_no_more_than_scores(made: tuple[Tensor, Tensor]) -> None:

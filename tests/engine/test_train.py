@@ -171,3 +171,13 @@ def test_skipped_images_are_part_of_the_state() -> None:
 )
 def test_what_is_better(score: float, former: float, least: bool, better: bool) -> None:
     assert is_better(score, former, least=least) is better
+
+
+def test_a_group_has_its_share_of_the_learning_rate() -> None:
+    whole, half = make_state(), make_state()
+    half.optimizer.param_groups[0]["lr_scale"] = 0.5
+    before = half.model.classifier.weight.detach().clone()
+    make_step(whole)(whole, [make_batch()], 0.2)
+    make_step(half)(half, [make_batch()], 0.4)
+    assert torch.equal(whole.model.classifier.weight, half.model.classifier.weight)
+    assert not torch.equal(before, half.model.classifier.weight)

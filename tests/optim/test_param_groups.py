@@ -72,3 +72,27 @@ def test_groups_reach_the_optimizer():
 def test_negative_decay_is_refused(model):
     with pytest.raises(ValueError, match=r"optim.weight_decay=-0.1 is negative: use 0 for none"):
         param_groups(model, -0.1)
+
+
+def test_each_part_has_the_rate_of_the_next_times_the_decay(model):
+    """Ten parts: stem, seven stages, head, classifier."""
+    groups = param_groups(model, 0.1, layer_decay=0.5)
+    found = {name: group["lr_scale"] for group in groups for name in names(model, group)}
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, scale in found.items():
+        first, second, *_ = name.split(".")
+        depth = {"classifier": 0, "head": 1, "stem": 9}[first] if first != "stages" else 8 - int(second)
+        assert scale == 0.5**depth, name
+    plain = {name: group["weight_decay"] for group in param_groups(model, 0.1) for name in names(model, group)}
+    assert {name: group["weight_decay"] for group in groups for name in names(model, group)} == plain
+    assert all(group["params"] for group in groups)
+
+
+def test_without_decay_the_groups_are_what_former_checkpoints_hold(model):
+    assert [set(group) for group in param_groups(model, 0.1, 1.0)] == [{"params", "weight_decay"}] * 2
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.1])
+def test_a_layer_decay_is_a_share(model, decay):
+    with pytest.raises(ValueError, match=rf"layer_decay={decay} must lie in \(0, 1\]"):
+        param_groups(model, 0.1, decay)
