@@ -17,6 +17,8 @@ from effnet_train.engine.train import whole_steps
 IMAGENET = ("ImageNet", 1000, 1281167)
 # What of a model's configuration changes neither its parameters nor its multiply-adds.
 _NO_SHAPE = ("dropout", "drop_connect", "bn_eps", "bn_momentum", "checkpointing", "fused", "padding", "num_classes")
+# What a run learns from beside labelled images, as another network's outputs.
+HELP = ("distill.teacher", "pseudo.labels", "advprop.epsilon")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Run:
     def transferred(self) -> bool:
         """Say whether it began with weights of another training."""
         return self.config.get("init_from") is not None
+
+    @property
+    def helped(self) -> bool:
+        """Say whether it learned from more than labelled images, which the paper's runs did not."""
+        return any((self.config.get(part) or {}).get(key) for part, key in (name.split(".") for name in HELP))
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _no_override(error: OverrideParseException, config: str) -> str:
         return f"{word} cannot be read as key=value: {quotes}{_NO_KEY.get(config, '')}"
     hint = (
         f": did you mean checkpoint={word}?"
-        if config in ("eval", "export", "predict")
+        if config in ("eval", "export", "label", "predict")
         else ": give key=value or group=option, see --help"
     )
     return f"{word} is not of the form key=value{hint}"

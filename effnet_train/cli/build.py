@@ -39,7 +39,7 @@ _TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "": (
             *(f"effnet_train.data.datasets.{name}" for name in ("image_folders", "birdsnap", "eval_folder", "digits")),
             "effnet_train.data.datasets.torchvision_splits",
-            *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards")),
+            *(f"effnet_train.data.archives.{name}" for name in ("imagenet_tars", "shards", "unlabelled")),
             "effnet_train.data.parquet.parquet",
         ),
         "preprocess": ("effnet_train.data.preprocess.Preprocess",),
@@ -182,6 +182,11 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
         )
 
 
+def views(cfg: DictConfig) -> int:
+    """Return how many images a step takes through the network for each of `batch_size`."""
+    return (1 + (cfg.pseudo.ratio if cfg.pseudo.labels is not None else 0)) * (2 if cfg.advprop.epsilon else 1)
+
+
 def _mixes(cfg: DictConfig) -> bool:
     """Say whether a batch is paired at any time of the run."""
     return instantiate(cfg.mixing).enabled or bool(cfg.progressive.mixup_alpha)
@@ -209,7 +214,7 @@ def resolve_accumulate(
     per_image, fixed = (more - few) / 2, 2 * few - more
     # The rest is for what no count of tensors shows: the allocator's gaps, the libraries' workspaces.
     room = 0.85 * torch.cuda.get_device_properties(device).total_memory - fixed
-    batch = cfg.batch_size // ranks
+    batch, per_image = cfg.batch_size // ranks, per_image * views(cfg)
     step = 2 if _mixes(cfg) else 1
     fitting = [n for n in range(1, batch + 1) if batch % (n * step) == 0 and batch / n * per_image <= room]
     return fitting[0] if fitting else batch // step

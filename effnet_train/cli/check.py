@@ -28,6 +28,9 @@ TRAIN: Mapping[str, Any] = {
     ),
     **dict.fromkeys(("log_every", "evaluate_every", "save_every"), Every),
     "checkpoint": "effnet_train.engine.saving.Checkpoints",
+    "distill": "effnet_train.engine.teacher.Distill",
+    "advprop": "effnet_train.engine.adversarial.AdvProp",
+    "pseudo": "effnet_train.data.pseudo.Pseudo",
     **dict.fromkeys(("seed", "eval_batch_size"), int),
     "sync_bn": int | Literal["all"],
     **dict.fromkeys(("epochs", "ema_decay", "layer_decay"), float),
@@ -57,8 +60,18 @@ EVAL: Mapping[str, Any] = {
     "crops": Literal[1, 5],
     "flip": bool,
     "fold": Literal["auto", True, False],
+    "attack": "effnet_train.engine.adversarial.Attack",
     "source": str | list[str | None] | None,
     **dict.fromkeys(("real_labels", "details", "picture", "output"), str | None),
+}
+LABEL: Mapping[str, Any] = {
+    **_SHARED,
+    **dict.fromkeys(("checkpoint", "weights", "output"), str),
+    "source": str | None,
+    "split": Literal["train", "val"],
+    "confidence": float,
+    **dict.fromkeys(("per_class", "resolution"), int | None),
+    **dict.fromkeys(("seed", "images"), int),
 }
 PREDICT: Mapping[str, Any] = {
     **dict.fromkeys(("checkpoint", "weights", "precision", "device", "backend"), str),
@@ -228,6 +241,8 @@ _LEAST: Mapping[str, int] = {
             "attempts",
             "max_failures",
             "trial_limit_s",
+            "per_class",
+            "images",
         ),
         1,
     ),

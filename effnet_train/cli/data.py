@@ -123,17 +123,20 @@ def _samples(config: Mapping[str, Any], data: Any, stage: Any) -> tuple[list[Any
     """Return pixels and labels of the first samples that a run draws from a step on."""
     from hydra.utils import instantiate
 
+    from effnet_train.cli.pseudo import build_reading
     from effnet_train.data.loader import train_batches
-    from effnet_train.data.order import Order
+    from effnet_train.distributed import Session
 
     augment = stage.augment(instantiate(config["augment"], _convert_="all"))
     count, size = config["count"], config["batch_size"]
-    steps = range(config["step"], config["step"] + -(-count // size))
-    order = Order(len(data.train), size, config["seed"])
+    start, stop = config["step"], config["step"] + -(-count // size)
+    reading = build_reading(OmegaConf.create(dict(config)), data, Session(), None)
+    order = reading.mixture.order(size, config["seed"])
     # In as small pieces as the batch falls into: no more is decoded than is shown.
-    batches = train_batches(data, augment, order, start=steps.start, stop=steps.stop, accumulate=size)
-    found = [(batch.images[0].numpy(), int(batch.labels[0])) for _, batch in zip(range(count), batches, strict=False)]
-    return [pixels for pixels, _ in found], [label for _, label in found]
+    batches = train_batches(reading.data, augment, order, start=start, stop=stop, accumulate=order.batch_size)
+    found = [batch for _, batch in zip(range(count), batches, strict=False)]
+    targets = [reading.targets(batch.labels)[0] for batch in found]
+    return [batch.images[0].numpy() for batch in found], [int(one.argmax() if one.ndim else one) for one in targets]
 
 
 def prepare(cfg: DictConfig) -> None:

@@ -178,6 +178,9 @@ def _check_request(config: Config, asked: Sequence[Asked]) -> None:
         if Path(config["details"]).exists() and not Path(config["details"]).is_dir():
             raise ValueError(f"details={config['details']} is a file: give a folder, which is made where it is absent")
         new_figure(1, 1)  # without matplotlib, say so now
+    if config["attack"]["epsilon"] and (len(asked) > 1 or config["fold"] is True):
+        other = "checkpoint= of several" if len(asked) > 1 else "fold=true, which has no gradients"
+        raise ValueError(f"attack.epsilon={config['attack']['epsilon']} does not go with {other}")
     check_sweep(config, len(asked))
     if config["real_labels"] is not None and config["classes"] == "subset":
         raise ValueError("real_labels= are of all classes of ImageNet: they do not go with classes=subset")
@@ -195,7 +198,8 @@ def _load(config: Config, asked: Asked, session: "Session", precision: str) -> P
     preprocess = Preprocess(**meta["preprocess"])
     if isinstance(config["resolution"], int):
         preprocess = preprocess.at(config["resolution"])
-    model, network = folded(model, config["fold"], device=session.device, precision=precision)
+    fold = False if config["attack"]["epsilon"] else config["fold"]
+    model, network = folded(model, fold, device=session.device, precision=precision)
     return Part(asked.label, asked.file, model, meta, which, preprocess, network)
 
 
@@ -227,11 +231,15 @@ def _member(
     from effnet_train.cli import build
     from effnet_train.data.device_batches import check_device
     from effnet_train.data.loader import eval_batches
+    from effnet_train.engine.adversarial import Attack, Attacked
     from effnet_train.engine.evaluate import Member, OfClasses
 
     check_device(data.backend, session.device, part.preprocess)
     whole = list(scored) == list(range(len(part.classes)))
     model = part.model if whole else OfClasses(part.model, scored, session.device)
+    attack = Attack(**config["attack"])
+    if attack.epsilon:
+        model = Attacked(model, attack, part.preprocess, session.device)
     workers = build.resolve_workers(config["workers"], session.device)
     if config["workers"] == "auto":  # the members decode side by side
         workers = max(1, workers // len(_listed(config["checkpoint"])))
@@ -281,6 +289,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
     record = {
         **({key: [member[key] for member in members] for key in members[0]} if several else members[0]),
         **{key: config[key] for key in ("split", "classes", "crops", "flip")},
+        **({"attack": config["attack"]} if config["attack"]["epsilon"] else {}),
         **_last(results).record(),
         **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
     }
@@ -290,6 +299,8 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
             f"{part.label} ({part.whose}), {config['split']} at {part.preprocess.resolution} pixels, "
             f"{part.network}{alone}"
         )
+    if config["attack"]["epsilon"]:
+        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in config["attack"].items()))
     _print_scores(_last(results), _views(config, len(parts)))
     _write_record(config, parts, record)
 

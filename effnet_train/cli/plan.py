@@ -48,8 +48,8 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
-        model, source = build.build_model(cfg.model, classes), f"init_from={cfg.init_from}"
-        build.load_into(model, weights, source, new_classifier=cfg.new_classifier)
+        model = build.build_model(cfg.model, classes)
+        build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     plan, stages = build.build_plan(cfg, images), build_stages(cfg, images)
     meta_model = build.meta_model(cfg, classes, session.device)
@@ -57,18 +57,27 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     cost = complexity(meta_model, size)
     accumulate = build.resolve_accumulate(cfg, ranks, session.device, classes, precision)
     micro = cfg.batch_size // ranks // accumulate
-    memory = training_memory(meta_model, size, micro, activation_bytes=4 if precision == "fp32" else 2)
+    memory = training_memory(
+        meta_model, size, micro * build.views(cfg), activation_bytes=4 if precision == "fp32" else 2
+    )
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
     rate, timed = images_per_s(cfg, classes, precision, session, micro)
-    hours = plan.total_steps * plan.batch_size / (rate * ranks) / 3600
+    hours = plan.total_steps * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
         *([("weights", f"from {cfg.init_from}")] if cfg.init_from is not None else []),
+        *([("teacher", f"{cfg.distill.teacher}; its memory and time come on top")] if cfg.distill.teacher else []),
+        *([("attack", "its forward and backward passes come on top of the time")] if cfg.advprop.epsilon else []),
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),
+        *(
+            [("pseudo-labels", f"{cfg.pseudo.ratio} to a labelled image, of {cfg.pseudo.labels}")]
+            if cfg.pseudo.labels
+            else []
+        ),
         (
             "batch",
             f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images{too_large}",

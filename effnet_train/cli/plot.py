@@ -45,7 +45,8 @@ def accuracy(name: str, cfg: DictConfig) -> None:
     ours = [point for row_name, point in points.items() if row_name.startswith("EfficientNet")]
     trained = []
     runs = paper.finished_runs(config["run_root"])
-    for scores in over_seeds((run for run in runs if run.data.name == "ImageNet" and not run.transferred), FREE):
+    plain = (run for run in runs if run.data.name == "ImageNet" and not run.transferred and not run.helped)
+    for scores in over_seeds(plain, FREE):
         value = getattr(paper.count_run(scores.first), cost) / {"parameters": 1e6, "multiply_adds": 1e9}[cost]
         trained.append(figures.Point(scores.first.folder.name, value, scores.top1, scores.spread))
     others = [point for point in points.values() if point not in ours]
@@ -64,7 +65,8 @@ def transfer(name: str, cfg: DictConfig) -> None:
     runs = paper.finished_runs(config["run_root"])
     rows = paper.table(5)["rows"]
     names = {row["name"] for row in rows}
-    for scores in over_seeds((run for run in runs if run.data.name in names and run.transferred), FREE):
+    tuned = (run for run in runs if run.data.name in names and run.transferred and not run.helped)
+    for scores in over_seeds(tuned, FREE):
         millions = paper.count_run(scores.first).parameters / 1e6
         point = figures.Point(scores.first.folder.name, millions, scores.top1, scores.spread)
         trained.setdefault(scores.first.data.name, []).append(point)

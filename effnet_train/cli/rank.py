@@ -14,14 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from effnet_train.cli import build, run_folder
+from effnet_train.cli.objective import build_objective
 from effnet_train.cli.provenance import provenance
+from effnet_train.cli.pseudo import Reading, build_reading, warn_of_size
 from effnet_train.cli.stages import build_stages, micro_batches
 from effnet_train.data.augment import Augment
 from effnet_train.data.datasets import Data
 from effnet_train.data.device_batches import check_device
 from effnet_train.data.loader import Batch, eval_batches, listing, train_batches
-from effnet_train.data.mixing import Mixing
-from effnet_train.data.order import Order
+from effnet_train.data.pseudo import Mixture
 from effnet_train.data.sources import Source
 from effnet_train.distributed import Session, sync_batch_norm
 from effnet_train.engine.checkpoint import (
@@ -42,6 +43,7 @@ from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Measure, Metrics
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Plan, Run, Stepper
+from effnet_train.models.auxiliary import add_auxiliary, main_tensors
 from effnet_train.models.fused import check_possible
 from effnet_train.optim.ema import EMA
 from effnet_train.optim.one_pass import OnePass
@@ -70,6 +72,8 @@ def prepare(
     build.set_arithmetic(precision, cfg.deterministic, session.device)
     mixing, loss, augment = (instantiate(part, _convert_="all") for part in (cfg.mixing, cfg.loss, cfg.augment))
     data = build.build_data(cfg.data, session)
+    known = former and former["meta"]
+    reading = build_reading(cfg, data, session, known)
     check_device(data.backend, session.device, data.preprocess, augment)
     plan = _plan(cfg, data, session)
     stages = build_stages(cfg, len(data.train))
@@ -77,7 +81,10 @@ def prepare(
     cfg.accumulate = pieces[-1]
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
-    step = staged(_stepper(cfg, state, network, loss, mixing, data, precision, session), stages, pieces)
+    objective, taught = build_objective(cfg, state.model, data, session, known)
+    warn_of_size(reading, state.model, cfg.pseudo.labels, session)
+    parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
+    step = staged(_stepper(cfg, state, parts, data, precision, session), stages, pieces)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
     with session.main_first():
         run_folder.claim(folder, config)
@@ -87,7 +94,7 @@ def prepare(
     if former is not None:
         _check_same_data(former["meta"], data, folder)
         _go_on(former, state, plan, checkpoints, session)
-    faults = _faults(cfg, folder, plan, data, session, fault, state.step)
+    faults = _faults(cfg, folder, plan, reading.mixture, session, fault, state.step)
     made_with = provenance(session.device)
     loggers = _open_loggers({**config, "provenance": made_with}, plan, folder, state) if session.is_main else []
     score = partial(_evaluate, cfg, data, precision, folder, session)
@@ -95,10 +102,10 @@ def prepare(
         state=state,
         plan=plan,
         step=step,
-        batches=partial(_batches, cfg, data, augment, step, plan, folder, passed_over(faults.known)),
+        batches=partial(_batches, cfg, reading, augment, step, plan, folder, passed_over(faults.known)),
         evaluate=partial(score, data.val),
         checkpoints=checkpoints,
-        meta=build.metadata(cfg, data, precision),
+        meta={**build.metadata(cfg, data, precision), **taught, **reading.known},
         select_by=cfg.select_by,
         faults=faults,
         provenance=made_with,
@@ -109,25 +116,16 @@ def prepare(
 
 
 def _stepper(
-    cfg: DictConfig,
-    state: TrainState,
-    network: nn.Module,
-    loss: nn.Module,
-    mixing: Mixing,
-    data: Data,
-    precision: str,
-    session: Session,
+    cfg: DictConfig, state: TrainState, built: Mapping[str, Any], data: Data, precision: str, session: Session
 ) -> Stepper:
     """Return the step; as CUDA graphs, where that is asked for. Raises ValueError where it cannot be."""
     parts: dict[str, Any] = {
-        "network": network,
-        "loss": loss,
+        **built,
         "preprocess": data.preprocess,
         "num_classes": len(data.classes),
         "precision": precision,
         "accumulate": cfg.accumulate,
         "clip_norm": cfg.clip_norm,
-        "mixing": mixing,
         "skip_bad": cfg.on_nan == "skip",
         "session": session,
     }
@@ -205,6 +203,8 @@ def _state(
         build.check_same_settings(cfg, weights.meta)
     model = build.for_training(cfg, model, session.device)
     ema = EMA(model, cfg.ema_decay)
+    if cfg.advprop.epsilon:  # after the average, which is of what is kept of the model
+        add_auxiliary(model)
     sync_batch_norm(model, session, session.world_size if cfg.sync_bn == "all" else cfg.sync_bn)
     if cfg.compile:
         model.compile()
@@ -235,7 +235,7 @@ def _faults(
     cfg: DictConfig,
     folder: Path,
     plan: Plan,
-    data: Data,
+    mixture: Mixture,
     session: Session,
     new: RollBackError | None,
     step: int,
@@ -244,8 +244,8 @@ def _faults(
     known = session.broadcast(read_faults(folder) if session.is_main else [])
 
     def images(step: int) -> list[str]:
-        order = Order(len(data.train), plan.batch_size, cfg.seed, passed_over=passed_over(known))
-        return [data.train.name(index) for index in order.batch(step - 1)[0].tolist()]
+        order = mixture.order(plan.batch_size, cfg.seed, passed_over=passed_over(known))
+        return [mixture.source.name(index) for index in order.batch(step - 1)[0].tolist()]
 
     faults = Faults(folder, cfg.on_nan, images, lambda step: plan.lr(step - 1), session.is_main, known)
     if new is not None:
@@ -255,7 +255,7 @@ def _faults(
 
 def _batches(
     cfg: DictConfig,
-    data: Data,
+    reading: Reading,
     augment: Augment,
     step: StagedStepper,
     plan: Plan,
@@ -264,21 +264,15 @@ def _batches(
     start: int,
 ) -> Iterator[tuple[Batch, ...]]:
     session = step.steppers[0].session
-    order = Order(
-        len(data.train),
-        plan.batch_size,
-        cfg.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        passed_over=passed_over,
-    )
+    place = {"rank": session.rank, "world_size": session.world_size, "passed_over": passed_over}
+    order = reading.mixture.order(plan.batch_size, cfg.seed, **place)
     workers = build.resolve_workers(cfg.workers, session.device)
     for stage, stepper in zip(step.stages, step.steppers, strict=True):
         first, stop = max(start, stage.start), min(stage.stop, plan.total_steps)
         if first >= stop:
             continue
         batches = train_batches(
-            stage.data(data),
+            stage.data(reading.data),
             stage.augment(augment),
             order,
             start=first,
@@ -357,7 +351,7 @@ def _selected(run: Run) -> Weights:
     if best.exists():
         return load_weights(best, which)
     kept = run.state.ema if which == "ema" else run.state.model
-    return Weights(kept.state_dict(), {**run.meta, "step": run.state.step})
+    return Weights(main_tensors(kept.state_dict()), {**run.meta, "step": run.state.step})
 
 
 def _shared(run: Run, weights: Weights | None) -> nn.Module:

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from effnet_train.analysis.runs import HELP
 from effnet_train.cli.app import differing_keys
 from effnet_train.engine.checkpoint import write_bytes
 
@@ -37,6 +38,7 @@ FREE = (
     "name",
     "new_classifier",
     "on_nan",
+    "pseudo.root",
     "ranks",
     "run_root",
     "save_every",
@@ -100,6 +102,10 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:
+    if isinstance(former, dict):
+        # A run from before there were such parts did not use them.
+        unused = [part for part, key in (name.split(".") for name in HELP) if not config.get(part, {}).get(key)]
+        former = {**{part: config[part] for part in unused if part in config}, **former}
     differing = {key: values for key, values in differing_keys(former, config).items() if not _may_change(key)}
     if differing:
         text = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())

@@ -80,6 +80,7 @@ def data_sets(cfg: DictConfig) -> int:
 
 def networks(cfg: DictConfig, number: int) -> int:
     """Print Table 2, 3, 5 or 7, after having trained what is missing where that is asked for."""
+    from effnet_train.analysis.runs import HELP
     from effnet_train.analysis.tables import network_table
     from effnet_train.cli import check, paper, table_runs
     from effnet_train.cli.run_folder import FREE
@@ -101,7 +102,9 @@ def networks(cfg: DictConfig, number: int) -> int:
     asked = table_runs.data_asked_for(config["overrides"])
     runs = paper.finished_runs(config["run_root"], table_runs.steps_asked_for(config["overrides"]))
     transferred = number == _TRANSFER or table_runs.choice(config["overrides"], "init_from") is not None
-    runs = [run for run in runs if asked in (None, run.data) and run.transferred == transferred]
+    helped = any(table_runs.choice(config["overrides"], key) not in (None, "null", "0") for key in HELP)
+    wanted = transferred, helped
+    runs = [run for run in runs if asked in (None, run.data) and (run.transferred, run.helped) == wanted]
     notes = [f"The networks here are not the paper's: {' '.join(words)}"] if changed else []
     notes += [f"No finished run was found in {config['run_root']}/."] if not runs else []
     counted = paper.networks(table["rows"], words)

@@ -28,9 +28,11 @@ def task(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.TRAIN)  # before torch is imported: what is wrong is told within a second
     from effnet_train import distributed
-    from effnet_train.cli import build, run_folder
+    from effnet_train.cli import build, objective, pseudo, run_folder
 
     build.check_start(cfg)
+    objective.check_objective(cfg)
+    pseudo.pseudo_of(cfg)
     _check_cluster()
     signals = [signal.Signals[name] for name in cfg.stop_signals]
     folder = run_folder.run_folder(cfg)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from effnet_train.data import remote
-from effnet_train.data.datasets import Common, Data, assemble
+from effnet_train.data.backends import BACKENDS, check_backend
+from effnet_train.data.datasets import Common, Data, assemble, check_on_error
 from effnet_train.data.ilsvrc import validation_synsets
+from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.remote import Copies, is_remote
 from effnet_train.data.shard_layout import class_names, find, labelled
+from effnet_train.data.sources import Source, find_files
 from effnet_train.data.tar_index import Entry, TarIndex, default_cache, members, open_index
 
 _MOST_OPEN = 500  # files of a process, which by default may have 1,024
@@ -161,7 +164,37 @@ def shards(
     return assemble(root, *sources, **common)
 
 
-def _shards(root: str, pattern: str, cache: Path, shard_cache: str | None) -> TarSource:
+def unlabelled(
+    root: str,
+    *,
+    preprocess: Preprocess,
+    shards: str | None = None,
+    cache: str | None = None,
+    shard_cache: str | None = None,
+    on_error: str = "raise",
+    backend: str = BACKENDS[0],
+) -> Data:
+    """Read images of which nobody says what they are: all below the folder `root`, or those of tars there.
+
+    `shards` names these tars, as `train` does those of labelled ones. Both splits are all images, of no class.
+    Raises FileNotFoundError, ValueError.
+    """
+    check_on_error(on_error)
+    check_backend(backend)
+    source: Source
+    if shards is None:
+        if not os.path.isdir(root):
+            raise FileNotFoundError(
+                f"data.root={root} does not exist: set it to a folder of images, or of data.shards="
+            )
+        source = find_files([root])
+    else:
+        source = _shards(root, shards, Path(cache) if cache else default_cache(), shard_cache, labels=False)
+        source.classes = ()
+    return Data(source, source, None, preprocess, on_error, backend)
+
+
+def _shards(root: str, pattern: str, cache: Path, shard_cache: str | None, *, labels: bool = True) -> TarSource:
     archives = find(root, pattern)
     try:
         found = remote.at_once(remote.state, archives) if is_remote(root) else map(_local_state, archives)
@@ -175,8 +208,8 @@ def _shards(root: str, pattern: str, cache: Path, shard_cache: str | None) -> Ta
     index = open_index(
         archives,
         states.__getitem__,
-        lambda: labelled(sizes, copies.path if copies else None),
-        kind="webdataset",
+        lambda: labelled(sizes, copies.path if copies else None, needed=labels),
+        kind="webdataset" if labels else "images",
         cache=cache,
     )
     return TarSource(index, copies)

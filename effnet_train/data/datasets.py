@@ -83,7 +83,7 @@ def assemble(
         raise ValueError(
             f"data.root={root}: there is one class, {train.classes[0]!r}: to tell classes apart, give at least two"
         )
-    _check_on_error(on_error)
+    check_on_error(on_error)
     check_backend(backend)
     if not 0 <= minival < len(train):
         raise ValueError(f"data.minival={minival} must be less than the {len(train)} training images, and not negative")
@@ -95,7 +95,8 @@ def assemble(
     return Data(Subset(train, rest), Subset(train, held_out), val, preprocess, on_error, backend, per_class)
 
 
-def _check_on_error(on_error: str) -> None:
+def check_on_error(on_error: str) -> None:
+    """Check what a corrupt image is to do. Raises ValueError."""
     if on_error not in ON_ERROR:
         raise ValueError(f"data.on_error={on_error} is not known: use one of {', '.join(ON_ERROR)}")
 
@@ -139,7 +140,7 @@ def eval_folder(
     val = FolderSource(root)
     none = Subset(val, np.arange(0))
     check_counts(root, [none, val], expected)
-    _check_on_error(on_error)
+    check_on_error(on_error)
     check_backend(backend)
     return Data(none, val, None, preprocess, on_error, backend)
 

@@ -21,7 +21,7 @@ from effnet_train.data.decode import DecodeError
 from effnet_train.data.device_augment import send
 from effnet_train.data.device_batches import Encoded, Sample, ahead, augmented, crops, encoded, evaluation_draws, sample
 from effnet_train.data.device_decode import decoder_on
-from effnet_train.data.order import Order
+from effnet_train.data.order import MixedOrder, Order
 from effnet_train.data.preprocess import eval_image, five_crops
 from effnet_train.data.sources import Source
 from effnet_train.data.workers import leave_with_the_trainer, worker_context
@@ -255,7 +255,7 @@ class _MicroBatches:
     A worker makes one at a time: what a rank holds in shared memory shrinks as `accumulate` grows.
     """
 
-    def __init__(self, order: Order, steps: range, accumulate: int) -> None:
+    def __init__(self, order: Order | MixedOrder, steps: range, accumulate: int) -> None:
         self.order, self.steps, self.accumulate = order, steps, accumulate
         self.size, rest = divmod(order.batch_size // order.world_size, accumulate)
         assert not rest
@@ -287,7 +287,7 @@ class _Shares:
 def train_batches(
     data: Data,
     augment: Augment,
-    order: Order,
+    order: Order | MixedOrder,
     *,
     start: int,
     stop: int,

@@ -39,6 +39,8 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Return mixed images and targets: float images (N, 3, H, W), labels (N,), keys (N,) int64 on the CPU.
 
+        Labels may be probabilities (N, num_classes) too.
+
         The targets are probabilities (N, num_classes) float32; where nothing is mixed, the labels themselves.
         The host does not wait for the device. Raises ValueError for an odd N.
         """
@@ -63,7 +65,8 @@ class Mixing:
         pairs = images.unflatten(0, (-1, 2))
         mixed = torch.lerp(pairs.flip(1), pairs, weight).flatten(0, 1)
         classes = torch.arange(num_classes, device=labels.device)
-        one_hot = (labels[:, None] == classes).to(torch.float32).unflatten(0, (-1, 2))
+        probabilities = labels if labels.ndim == 2 else (labels[:, None] == classes).to(torch.float32)
+        one_hot = probabilities.unflatten(0, (-1, 2))
         targets = torch.lerp(one_hot.flip(1), one_hot, share[:, 0]).flatten(0, 1)
         return mixed, targets
 

@@ -63,3 +63,25 @@ class Order:
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             self._permutations[epoch] = permutation(self.seed, epoch, self.num_images)
         return self._permutations[epoch]
+
+
+class MixedOrder:
+    """Two streams of samples in one: behind each of the first's in a batch stands an equal share of the second's.
+
+    So micro-batches, however many, have the same mixture. The second's indices come after all of the first's.
+    """
+
+    def __init__(self, first: Order, second: Order) -> None:
+        assert second.batch_size % first.batch_size == 0
+        self.first, self.second = first, second
+        self.batch_size, self.world_size = first.batch_size + second.batch_size, first.world_size
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return this rank's part of `step`'s batch: indices and keys."""
+        indices, keys = self.first.batch(step)
+        others, other_keys = self.second.batch(step)
+        return _woven(indices, others + self.first.num_images), _woven(keys, other_keys)
+
+
+def _woven(one: np.ndarray, several: np.ndarray) -> np.ndarray:
+    return np.concatenate([one[:, None], several.reshape(len(one), -1)], axis=1).reshape(-1)

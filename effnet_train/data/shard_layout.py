@@ -55,9 +55,11 @@ def _matching(root: str, name: str) -> list[str]:
 
 
 def labelled(
-    sizes: Mapping[str, int | None], local: Callable[[str], str] | None = None
+    sizes: Mapping[str, int | None], local: Callable[[str], str] | None = None, *, needed: bool = True
 ) -> tuple[list[str], list[Entry]]:
     """Return class names, which are numbers, and the images of shards, given with their sizes in bytes.
+
+    Where labels are not `needed`, an image without one is of class 0.
 
     What `prepare` writes has an index beside each shard. Other shards are read for it, and where they are remote that
     is all of them: `local` then gives the name of a whole copy. Raises ValueError, RemoteError.
@@ -65,7 +67,7 @@ def labelled(
     from tqdm import tqdm
 
     archives = list(sizes)
-    one = partial(_one_shard, local=local)
+    one = partial(_one_shard, local=local, needed=needed)
     numbered = [(number, archive, size) for number, (archive, size) in enumerate(sizes.items())]
     shards = at_once(one, numbered) if is_remote(archives[0]) else map(one, numbered)
     found = list(itertools.chain.from_iterable(tqdm(shards, total=len(archives), unit="shard", disable=None)))
@@ -77,16 +79,16 @@ def labelled(
     return [str(label) for label in range(most)], found
 
 
-def _one_shard(numbered: tuple[int, str, int | None], local: Callable[[str], str] | None) -> list[Entry]:
+def _one_shard(numbered: tuple[int, str, int | None], local: Callable[[str], str] | None, needed: bool) -> list[Entry]:
     number, archive, size = numbered
     known = _indexed(archive, number, size)
     if known is not None:
         return known
     path = local(archive) if local else archive
-    return retried(archive, partial(_scan, number, archive, path))
+    return retried(archive, partial(_scan, number, archive, path, needed))
 
 
-def _scan(number: int, archive: str, path: str) -> list[Entry]:
+def _scan(number: int, archive: str, path: str, needed: bool) -> list[Entry]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, tuple[str, bytes]] = {}
     with opened(path) as file:
@@ -102,7 +104,7 @@ def _scan(number: int, archive: str, path: str) -> list[Entry]:
                 file.seek(offset)
                 labels[key] = (name, file.read(length))
     lacking = sorted(images.keys() - labels.keys())
-    if lacking:
+    if lacking and needed:
         raise ValueError(
             f"{archive}: {len(lacking)} images have no .cls beside them, the first {lacking[0]}: write the shard again "
             "with KEY.cls, a class number, for each KEY.jpg"
@@ -114,7 +116,7 @@ def _scan(number: int, archive: str, path: str) -> list[Entry]:
             f"{labels[alone[0]][0]}"
         )
     return [
-        Entry(number, offset, length, _label(*labels[key], archive), name)
+        Entry(number, offset, length, _label(*labels[key], archive) if needed else 0, name)
         for key, (name, offset, length) in images.items()
     ]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_train.distributed import Session
+from effnet_train.models.auxiliary import auxiliary_tensors, main_tensors
 from effnet_train.optim.ema import EMA
 
 
@@ -61,7 +62,8 @@ class TrainState:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": dict(self.best),
-            "model": self.model.state_dict(),
+            "model": main_tensors(self.model.state_dict()),
+            "auxiliary": auxiliary_tensors(self.model.state_dict()),  # what only training needs of the model
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -70,7 +72,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any], session: Session) -> None:
         """Take up the state of `state_dict`, saved by any number of ranks."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict({**state["model"], **state.get("auxiliary", {})})
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from effnet_train.data.loader import Batch
 from effnet_train.data.mixing import Mixing
 from effnet_train.data.preprocess import Preprocess, normalize
+from effnet_train.data.pseudo import hard
 from effnet_train.distributed import PreemptionNotice, Session, no_sync
 from effnet_train.engine.clock import Clock
 from effnet_train.engine.evaluate import Interrupted, autocast
 from effnet_train.engine.every import Every
 from effnet_train.engine.faults import Faults, NotFiniteError, RollBackError
 from effnet_train.engine.loggers import Logger, tell
+from effnet_train.engine.objectives import Objective, supervised
 from effnet_train.engine.saving import Checkpoints
 from effnet_train.engine.scores import Metrics, hits
 from effnet_train.engine.state import TrainState, no_statistics
@@ -86,6 +88,8 @@ class Stepper:
     accumulate: int = 1
     clip_norm: float | None = None
     mixing: Mixing = field(default_factory=Mixing)
+    objective: Objective = supervised
+    targets: Callable[[Tensor], Tensor] = hard
     skip_bad: bool = False
     session: Session = field(default_factory=Session)
 
@@ -152,15 +156,14 @@ class Stepper:
         """Return a micro-batch's images, targets and keys on the device."""
         device = self.session.device
         images = normalize(part.images.to(device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
-        labels = part.labels.to(device, non_blocking=True)
+        labels = self.targets(part.labels).to(device, non_blocking=True)
         images, targets = self.mixing(images, labels, part.keys, self.num_classes)
         return images, targets, part.keys.to(device, non_blocking=True)
 
     def learn(self, state: TrainState, images: Tensor, targets: Tensor, keys: Tensor, number: float | Tensor) -> None:
         """Add a micro-batch of step `number` (the first is 1) to gradients and statistics."""
         with autocast(self.session.device, self.precision):
-            logits = self.network(images, keys)
-            loss = self.loss(logits, targets)
+            loss, logits = self.objective(self.network, self.loss, images, targets, keys)
         state.scaler.scale(loss / self.accumulate).backward()
         with torch.no_grad():
             add_statistics(state.statistics, loss, logits, targets, number)
@@ -234,7 +237,7 @@ def train(run: Run, notice: PreemptionNotice, watchdog: Watchdog) -> bool:
             _log_images(run, batch[0])
         if not run.step(state, batch, plan.lr(state.step)):
             run.faults.skipped(state.step)
-        clock.did_step(plan.batch_size)
+        clock.did_step(sum(len(part.labels) for part in batch) * run.session.world_size)
         stopped = _look(run, clock, agreed)
         if stopped:
             break

@@ -22,3 +22,15 @@ class CrossEntropy(nn.Module):
         `logits` are (N, K) of any float type; `targets` are class numbers (N,) or probabilities (N, K).
         """
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+
+
+def distillation(logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Return how far a student's softened probabilities are from its teacher's, a float32 scalar.
+
+    `logits` and `teacher` are (N, K) logits. The divergence KL(teacher || student) of softmax(logits / temperature),
+    the mean over the batch, times the square of `temperature`: so gradients are of the labels' size, whatever it is.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, sections 2 and 2.1. Their cross entropy
+    is this and the teacher's entropy, which no gradient knows of.
+    """
+    student, wanted = ((scores.float() / temperature).log_softmax(dim=1) for scores in (logits, teacher))
+    return F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2

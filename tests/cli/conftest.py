@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
@@ -18,6 +19,7 @@ from effnet_train.cli.app import CONFIG_DIR
 from effnet_train.cli.train import train_rank
 from effnet_train.data.datasets import digits
 from effnet_train.data.preprocess import Preprocess
+from effnet_train.engine.checkpoint import load_checkpoint
 
 
 class Outcome(NamedTuple):
@@ -137,3 +139,39 @@ def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     train_rank(plain, str(folder), "cpu")
     return folder
+
+
+@pytest.fixture
+def goes_on_exactly(cli: Callable[..., Outcome], tiny: list[str]) -> Callable[..., dict[str, Any]]:
+    """Return a function that trains four steps, and two and two; it sees that they are the same bits, and returns them.
+
+    The runs, `whole` and `parts`, are of the overrides given.
+    """
+    base = [text for text in tiny if not text.startswith(("name=", "max_steps="))]
+
+    def state(name: str, step: int) -> dict[str, Any]:
+        payload = load_checkpoint(Path(name) / f"step_{step:09d}.pt")
+        del payload["provenance"]
+        return payload
+
+    def run(*overrides: str) -> dict[str, Any]:
+        for words in (("name=whole",), ("name=parts", "max_steps=2"), ("name=parts",)):
+            done = cli("train", *base, "max_steps=4", *overrides, *words)
+            assert done.status == 0, done.err
+        whole, early = state("whole", 4), state("whole", 2)
+        assert alike(whole, state("parts", 4))
+        assert not alike(whole["model"], early["model"])
+        return whole
+
+    return run
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Compare nested plain values and tensors, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)

@@ -101,11 +101,13 @@ def test_every_space_and_every_searcher_are_their_constructors_arguments(
 def test_every_model_with_every_recipe(compose: Compose, model: str, recipe: str) -> None:
     """The model chosen on the command line stands, whatever the recipe would choose; its own regularisation too.
 
-    Except in the proxies of a search, which drop nothing, whatever the size, and in FixRes, as in its authors' code.
+    Except in the proxies of a search, which drop nothing, whatever the size, in FixRes, as in its authors' code, and
+    for a noisy student.
     """
     config = compose("train", f"model={model}", f"recipe={recipe}")
     own = compose("train", f"model={model}", "recipe=efficientnet")
-    kept = ("width", "depth", "resolution", *(() if recipe in ("search_proxy", "fixres") else ("dropout",)))
+    changed = ("search_proxy", "fixres", "noisy_student")
+    kept = ("width", "depth", "resolution", *(() if recipe in changed else ("dropout",)))
     assert {key: config["model"][key] for key in kept} == {key: own["model"][key] for key in kept}
     if recipe == "search_proxy":
         assert config["model"]["dropout"] == config["model"]["drop_connect"] == 0

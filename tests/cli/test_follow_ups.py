@@ -53,6 +53,7 @@ def test_fixres_changes_what_its_paper_says_and_resumes(cli: Cli, fixres: list[s
     assert found["meta"]["preprocess"]["resolution"] == 48
     plan = cli("train", *fixres, "name=plan", "dry_run=true")
     assert (plan.status, "at 48 pixels" in plan.out) == (0, True), plan.err
+    assert "80 training images (counted in " in plan.out
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_accuracy_figures_hold_table_2(
     finished("mine", "model=b0", top1=0.7654)
     finished("of-other-data", *CIFAR, top1=0.99, classes=10, images=50000)
     finished("tuned", "model=b0", "init_from=runs/mine", top1=0.79)
+    finished("attacked", "model=b0", "recipe=advprop", top1=0.78)
     done = cli("plot", figure)
     assert (done.status, done.out) == (0, f"figures/{figure}.png\nfigures/{figure}.svg\n"), done.err
     with Image.open(f"figures/{figure}.png") as image:

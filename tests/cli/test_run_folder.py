@@ -61,6 +61,15 @@ def test_a_claim_is_kept(tmp_path: Path) -> None:
         claim(tmp_path / "a" / "b", {"extra": 1, **{key: config[key] for key in ("model", "workers", "data")}})
 
 
+def test_a_run_from_before_there_were_teachers_goes_on_without_one(tmp_path: Path) -> None:
+    claim(tmp_path / "run", {"seed": 0})
+    claim(tmp_path / "run", {"seed": 0, "distill": {"teacher": None, "weight": 0.5}, "advprop": {"epsilon": 0}})
+    with pytest.raises(
+        ValueError, match=r"configuration: distill\.teacher was None, now 'x'; distill\.weight was None"
+    ):
+        claim(tmp_path / "run", {"seed": 0, "distill": {"teacher": "x", "weight": 0.5}})
+
+
 @pytest.mark.parametrize(
     ("one", "other", "keys"),
     [

@@ -153,11 +153,13 @@ def test_finetuned_runs_stand_in_table_5_and_others_elsewhere(cli: Cli, finished
     finished("scratch", "model=b0", "epochs=90", top1=0.75)
     finished("longer", "model=b0", top1=0.76)
     finished("tuned", "model=b0", "init_from=runs/longer", top1=0.80)
+    finished("taught", "model=b0", "recipe=distill", "distill.teacher=x", "epochs=60", top1=0.81)
     made = {"classes": 10, "images": 50000}
     finished("cifar", "model=b0", "data=cifar10", top1=0.97, **made)
     finished("cifar-tuned", "model=b0", "data=cifar10", "recipe=finetune", "init_from=runs/longer", top1=0.95, **made)
     row = rows(cli, "table2", "data=imagenet")[0]
     assert (row["top1_here"], row["run"]) == ("0.76", "ImageNet, 350 epochs, longer, the best of 2 trainings")
+    assert "77.3   81.0  +3.7" in cli("table", "table7", "--", "distill.teacher=x").out
     row = rows(cli, "table5")[0]
     assert (row["top1_here"], row["run"]) == ("0.95", "CIFAR-10, 100 epochs from runs/longer, cifar-tuned")
     assert "77.3   80.0  +2.7" in cli("table", "table7", "--", "init_from=runs/longer").out

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from effnet_train.data import archives
-from effnet_train.data.archives import shards
+from effnet_train.data.archives import shards, unlabelled
 from effnet_train.data.loader import DataError, eval_batches
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.data.shard_layout import expand
@@ -37,6 +37,28 @@ def test_shards_in_a_folder(sharded: Path, tmp_path: Path, image: Callable[[int]
     assert contents(data.train) == Counter((image(n), name) for n, name in TRAIN)
     assert contents(data.val) == Counter({(image(6), "ant"): 1, (image(7), "bee"): 1})
     assert data.train.name(0) == f"{sharded}/train-0000.tar:a.b/0001.jpg"
+
+
+def test_shards_and_folders_without_labels(sharded: Path, tmp_path: Path, image: Callable[[int], bytes]) -> None:
+    options: dict[str, Any] = {"preprocess": PREPROCESS, "cache": str(tmp_path / "cache")}
+    with tarfile.open(sharded / "bare.tar", "w") as file:
+        for number in (8, 9):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = len(image(number))
+            file.addfile(member, io.BytesIO(image(number)))
+    data = unlabelled(str(sharded), shards="{train-*,bare}.tar", **options)
+    found = [data.train.read(index) for index in range(len(data.train))]
+    assert Counter(pixels for pixels, _ in found) == Counter(image(n) for n in (1, 2, 3, 4, 5, 8, 9))
+    assert (data.classes, len(data.val)) == ((), 7)
+    with pytest.raises(ValueError, match=r"bare\.tar: 2 images have no \.cls beside them"):
+        shards(str(sharded), train="bare.tar", val="val-*.tar", **options)
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for number in (8, 9):
+        (tmp_path / "images" / "below" / f"{number}.jpg").write_bytes(image(number))
+    data = unlabelled(str(tmp_path / "images"), **options)
+    assert [data.train.read(index)[0] for index in range(2)] == [image(8), image(9)]
+    with pytest.raises(FileNotFoundError, match=r"set it to a folder of images, or of data\.shards="):
+        unlabelled(str(tmp_path / "absent"), **options)
 
 
 def test_without_names_classes_are_numbers(sharded: Path, tmp_path: Path) -> None:

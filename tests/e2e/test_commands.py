@@ -26,6 +26,7 @@ def everything(folder: Path) -> set[str]:
     [
         ("train", ["--help"], ["model: b0, b1, b2", "width: 1.0", 'eval "$(effnet-train -sc install=bash)"']),
         ("eval", ["--cfg", "job"], ["checkpoint: ???", "weights: ema"]),
+        ("label", ["--help"], ["effnet-label: a teacher's pseudo-labels", "confidence: 0.3"]),
         ("predict", ["cat.jpg", "--help"], ["effnet-predict [IMAGE | FOLDER | -]...", "format: table"]),
         ("predict", ["--cfg", "job", "--", "a=b.jpg"], ["checkpoint: ???", "top: 5"]),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effnet_train.optim.losses import CrossEntropy
+from effnet_train.optim.losses import CrossEntropy, distillation
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/optim.json").read_text())["smoothed_loss"]
 
@@ -45,3 +45,22 @@ def test_half_precision_logits_give_a_float32_loss(dtype):
 def test_smoothing_out_of_range(smoothing):
     with pytest.raises(ValueError, match=rf"loss.label_smoothing={smoothing} must lie in \[0, 1\)"):
         CrossEntropy(label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 20.0])
+def test_distillation_is_hintons(temperature):
+    """Hinton et al., section 2: gradient (q - p) / T of the cross entropy, times T squared; the mean over the batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (3 * torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    distillation(logits, teacher, temperature=temperature).backward()
+    q, p = ((scores / temperature).exp() for scores in (logits.detach(), teacher))
+    q, p = q / q.sum(1, keepdim=True), p / p.sum(1, keepdim=True)
+    torch.testing.assert_close(logits.grad, temperature * (q - p) / 5, rtol=1e-4, atol=1e-7)
+    wanted = temperature**2 * (p * (p / q).log()).sum(1).mean()
+    assert distillation(logits, teacher, temperature=temperature).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_distillation_ends_where_the_student_is_the_teacher():
+    scores = torch.randn(3, 4)
+    assert distillation(scores + 5, scores, temperature=3.0).item() == pytest.approx(0, abs=1e-6)
