@@ -121,6 +121,20 @@ def test_a_student_goes_on_exactly(
     assert state["meta"]["pseudo"]["sha256"] == json.loads(Path("labels/manifest.json").read_text())["sha256"]
 
 
+def test_pseudo_labels_a_teacher_and_stages_go_together(
+    label: Cli, trained: Path, goes_on_exactly: Callable[..., dict[str, Any]]
+) -> None:
+    assert label().status == 0
+    stages = (
+        "progressive.stages=2",
+        "progressive.resolution=16",
+        "progressive.mixup_alpha=0.1",
+        "mixing.mixup_alpha=0.3",
+    )
+    others = (f"distill.teacher={trained}", "distill.resolution=student", "pseudo.labels=labels", "pseudo.ratio=2")
+    goes_on_exactly("batch_size=8", *stages, *others)
+
+
 def test_what_cannot_be_is_told(
     label: Cli, cli: Cli, tiny: list[str], unlabelled: Path, few_digits: Path, tmp_path: Path
 ) -> None:
