@@ -118,7 +118,7 @@ def test_the_command_writes_what_it_prints(jpegs, tmp_path, monkeypatch, capsys)
     [
         ([], 2, "effnet-bench JOB"),
         (["--help"], 0, "effnet-bench data "),
-        (["dat"], 2, "dat is no job: give one of data, complexity first"),
+        (["dat"], 2, "dat is no job: give one of train, eval, latency, startup, data, complexity first"),
         (["data", "data.root=x", "jobs=[training]"], 2, "jobs has 'training': give jobs=[train,eval]"),
         (["data", "data.root=x", "backends=[turbo]"], 2, "backends=turbo is not known"),
         (["data", "data.root=nowhere"], 2, "data.root=nowhere does not exist: set it to a folder that holds <class>/"),

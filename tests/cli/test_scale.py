@@ -133,7 +133,7 @@ def test_another_network_is_not_written_over(cli: Any) -> None:
 
 
 def test_the_plan_tells_what_is_dropped_and_why(cli: Any, tiny: list[str]) -> None:
-    few = ("alpha=[1.6,1.65,2.0]", "beta=[1.0,1.1]", "gamma=[1.0]", "tolerance=0.2")
+    few = ("alpha=[1.6,1.65,2.0]", "beta=[1.0,1.1]", "gamma=[1.0]", "tolerance=0.2", "flops_tolerance=0.1")
     outcome = cli("scale", "search", "model=nano", "data=digits", "dry_run=true", *few)
     assert outcome.status == 0, outcome.err
     assert "candidate      alpha1.6-beta1.1-gamma1: depth 0.4464, width 0.5643, 32 pixels" in outcome.out
