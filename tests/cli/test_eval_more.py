@@ -37,9 +37,8 @@ def other(run: Path, tmp_path: Path) -> Path:
     """Return a checkpoint of other weights, at another resolution, with a crop."""
     payload = load_checkpoint(run / "best.pt")
     generator = torch.Generator().manual_seed(0)
-    for tensor in payload["ema"].values():
-        if tensor.is_floating_point():
-            tensor *= 1 + 0.02 * torch.rand(tensor.shape, generator=generator)
+    weight = payload["ema"]["classifier.weight"]  # all of them changed would make it sure of everything: classes tie
+    weight *= 1 + 0.5 * torch.rand(weight.shape, generator=generator)
     payload["meta"]["preprocess"] |= {"resolution": 40, "crop_padding": 8, "mean": [0.1, 0.2, 0.3]}
     torch.save(payload, tmp_path / "other.pt")
     return tmp_path / "other.pt"
@@ -139,7 +138,10 @@ def test_several_checkpoints_are_averaged_each_in_its_own_preprocessing(
         views = (pixels, [tv.hflip(image) for image in pixels])
         alone.append(np.mean([softmax(logits_of(file, view)) for view in views], axis=0))
     assert_scores(record, np.mean(alone, axis=0), labels)
-    assert record["members_top1"] == [(shares.argmax(1) == labels).mean() for shares in alone]
+    for found, shares in zip(record["members_top1"], alone, strict=True):
+        likeliest = shares == shares.max(1, keepdims=True)  # two views that are sure of different classes tie
+        hits = likeliest[np.arange(len(labels)), labels]
+        assert (hits & (likeliest.sum(1) == 1)).mean() <= found <= hits.mean()
     assert record["checkpoint"] == [str(run / "best.pt"), str(other)]
     assert record["resolution"] == [32, 40]
     assert json.loads(Path("both.json").read_text()) == record
