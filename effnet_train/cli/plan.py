@@ -67,17 +67,10 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
-        *([("weights", f"from {cfg.init_from}")] if cfg.init_from is not None else []),
-        *([("teacher", f"{cfg.distill.teacher}; its memory and time come on top")] if cfg.distill.teacher else []),
-        *([("attack", "its forward and backward passes come on top of the time")] if cfg.advprop.epsilon else []),
+        *_learned_from(cfg),
         ("parameters", f"{cost.parameters:,}"),
         ("multiply-adds", f"{cost.multiply_adds / 1e9:.3f} billion an image"),
         ("data", f"{images:,} training images ({source})"),
-        *(
-            [("pseudo-labels", f"{cfg.pseudo.ratio} to a labelled image, of {cfg.pseudo.labels}")]
-            if cfg.pseudo.labels
-            else []
-        ),
         (
             "batch",
             f"{cfg.batch_size:,} = {ranks} ranks x {accumulate} micro-batches x {micro:,} images{too_large}",
@@ -93,6 +86,17 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
         ("time", f"about {duration(hours)} without waiting for data ({timed}: {rate:,.1f} images/s a rank)"),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def _learned_from(cfg: DictConfig) -> list[tuple[str, str]]:
+    """Return what a run begins with and learns from beside its images."""
+    rows = {
+        ("weights", f"from {cfg.init_from}"): cfg.init_from,
+        ("teacher", f"{cfg.distill.teacher}; its memory and time come on top"): cfg.distill.teacher,
+        ("attack", "its forward and backward passes come on top of the time"): cfg.advprop.epsilon,
+        ("pseudo-labels", f"{cfg.pseudo.ratio} to a labelled image, of {cfg.pseudo.labels}"): cfg.pseudo.labels,
+    }
+    return [row for row, used in rows.items() if used]
 
 
 def _would_be(folder: Path, cfg: DictConfig) -> str:

@@ -83,11 +83,11 @@ def _images(manifest: Mapping[str, Any], pseudo: Pseudo, data: Data, session: Se
     return source
 
 
-def warn_of_size(reading: Reading, model: nn.Module, folder: str | None, session: Session) -> None:
+def warn_of_size(cfg: DictConfig, model: nn.Module) -> None:
     """Say where the student is smaller than its teacher, which Noisy Student's is not."""
-    if folder is None or not session.is_main:
+    if cfg.pseudo.labels is None:
         return
-    theirs, ours = read_manifest(Path(folder))["parameters"], sum(one.numel() for one in model.parameters())
+    theirs, ours = read_manifest(Path(cfg.pseudo.labels))["parameters"], sum(one.numel() for one in model.parameters())
     if ours < theirs:
         text = (
             f"the student has {ours:,} parameters and its teacher {theirs:,}: in Noisy Student it has as many or more"

@@ -60,9 +60,8 @@ def prepare(
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoints = Checkpoints(folder, **config["checkpoint"])
-    if (
-        cfg.timeout_s is not None
-    ):  # a disk that hangs is to be told of before the watchdog takes it for a rank that does
+    if cfg.timeout_s is not None:
+        # A disk that hangs is to be told of before the watchdog takes it for a rank that does.
         checkpoints.patience_s = min(checkpoints.patience_s, cfg.timeout_s / 2)
     former = _newest(checkpoints, config, session)
     precision = build.resolve_precision(
@@ -82,7 +81,6 @@ def prepare(
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)
     objective, taught = build_objective(cfg, state.model, data, session, known)
-    warn_of_size(reading, state.model, cfg.pseudo.labels, session)
     parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
     step = staged(_stepper(cfg, state, parts, data, precision, session), stages, pieces)
     # Only now that every part accepts its arguments: a slip of the keyboard must not be what the folder holds.
@@ -201,6 +199,8 @@ def _state(
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
+    if start and session.is_main:
+        warn_of_size(cfg, model)
     model = build.for_training(cfg, model, session.device)
     ema = EMA(model, cfg.ema_decay)
     if cfg.advprop.epsilon:  # after the average, which is of what is kept of the model
