@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-NAME=${1:-xeon-2cpu}
+NAME=${1:-epyc-2cpu}
 OUT=${OUT:-benchmarks/results}
 export PYTHONPATH=$PWD
 bench() { "$PYTHON" -m effnet_train.cli.bench "$@" ${WORDS:-}; }

@@ -76,7 +76,7 @@ def test_the_page_names_results_that_the_scripts_write():
     scripts = "".join((ROOT / "benchmarks" / name).read_text() for name in ("cpu.sh", "gpu.sh"))
     for line in page.splitlines():
         if line.startswith("<!-- table: "):
-            kind = line.split()[2].removesuffix(".json").removesuffix("-xeon-2cpu").removesuffix("-cuda")
+            kind = line.split()[2].removesuffix(".json").removesuffix("-epyc-2cpu").removesuffix("-cuda")
             assert f"{kind}-$NAME.json" in scripts, line
 
 
@@ -108,7 +108,7 @@ def test_the_cpus_script_measures_all_of_its_page(tmp_path, tables, monkeypatch)
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for kind in ("startup", "train", "eval", "latency-bench", "cpu_ways", "all_reduce"):
-        assert "Not measured" not in tables.written(f"{kind}-xeon-2cpu.json")
+        assert "Not measured" not in tables.written(f"{kind}-epyc-2cpu.json")
 
 
 def test_without_a_gpu_the_gpus_script_says_so(tmp_path):
