@@ -11,8 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from effnet_train.analysis.runs import HELP
-from effnet_train.cli.app import differing_keys
+from effnet_train.cli.app import CONFIG_DIR, differing_keys
 from effnet_train.engine.checkpoint import write_bytes
 
 # What may change from one start of a run to the next: where and how it runs and is watched, not what it is to compute.
@@ -101,12 +100,22 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
         ) from error
 
 
+def _parts_since(former: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of the configuration that a former version had not, where they are what does nothing."""
+    defaults = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text(encoding="utf-8"))
+    return {
+        key: config[key] for key in config.keys() - former.keys() if key in defaults and defaults[key] == config[key]
+    }
+
+
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:
     if isinstance(former, dict):
-        # A run from before there were such parts did not use them.
-        unused = [part for part, key in (name.split(".") for name in HELP) if not config.get(part, {}).get(key)]
-        former = {**{part: config[part] for part in unused if part in config}, **former}
-    differing = {key: values for key, values in differing_keys(former, config).items() if not _may_change(key)}
+        former = {**_parts_since(former, config), **former}
+    differing = {
+        key: (was, now)
+        for key, (was, now) in differing_keys(former, config).items()
+        if not (_may_change(key) or (was is None and now is False))  # a switch that was not there yet is off
+    }
     if differing:
         text = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
         nothing = "" if any(folder.glob("*.pt")) else ". It has no checkpoint yet: to remove it loses nothing"

@@ -1,6 +1,7 @@
 """A run's folder is named by its choices, and by what tells the runs of a sweep apart."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,18 @@ def test_a_claim_is_kept(tmp_path: Path) -> None:
         claim(tmp_path / "a" / "b", {"extra": 1, **{key: config[key] for key in ("model", "workers", "data")}})
 
 
-def test_a_run_from_before_there_were_teachers_goes_on_without_one(tmp_path: Path) -> None:
-    claim(tmp_path / "run", {"seed": 0})
-    claim(tmp_path / "run", {"seed": 0, "distill": {"teacher": None, "weight": 0.5}, "advprop": {"epsilon": 0}})
-    with pytest.raises(
-        ValueError, match=r"configuration: distill\.teacher was None, now 'x'; distill\.weight was None"
-    ):
-        claim(tmp_path / "run", {"seed": 0, "distill": {"teacher": "x", "weight": 0.5}})
+def test_a_run_of_a_former_version_goes_on_without_what_is_new(tmp_path: Path, compose: Callable[..., Any]) -> None:
+    """Parts that do nothing unless asked for, and switches within parts."""
+    config = compose("train", "recipe=demo")
+    new = ("distill", "pseudo", "advprop", "progressive", "freeze", "layer_decay")
+    old = {key: value for key, value in config.items() if key not in new}
+    claim(tmp_path / "run", {**old, "data": {key: old["data"][key] for key in old["data"] if key != "per_class"}})
+    claim(tmp_path / "run", config)
+    message = r"configuration: distill\.classes was None, now 'same'; .*distill\.teacher was None, now 'x'"
+    with pytest.raises(ValueError, match=message):
+        claim(tmp_path / "run", {**config, "distill": {**config["distill"], "teacher": "x"}})
+    with pytest.raises(ValueError, match=r"layer_decay was None, now 0\.8\. Give"):
+        claim(tmp_path / "run", {**config, "layer_decay": 0.8})
 
 
 @pytest.mark.parametrize(
