@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from effnet_train.analysis.details import new_figure
+from effnet_train.analysis.figures import new_figure
 from effnet_train.analysis.plots import COLORS
 
 

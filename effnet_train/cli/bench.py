@@ -1,6 +1,5 @@
 """`effnet-bench JOB ...`: measure speeds, count what networks cost. The first word says what, the rest is Hydra's."""
 
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.cli import speed
 from effnet_train.cli.app import jobs, user_message
 from effnet_train.cli.complexity import complexity
-from effnet_train.cli.outputs import make_place, writing
+from effnet_train.cli.outputs import results_file, write_results
 
 
 def main() -> None:
@@ -37,9 +36,7 @@ def data(cfg: DictConfig) -> None:
         raise FileNotFoundError(
             f"data.root={config['data']['root']} does not exist: set it to a folder that holds <class>/<image>"
         )
-    file = Path(config["output"]) if config["output"] else None
-    if file:
-        make_place("output", file)
+    file = results_file(config["output"])
     root, size, first = config["data"]["root"], config["batch_size"], (config["backends"] or ["pillow"])[0]
     torch.set_num_threads(1)  # speeds are those of a core
     result: dict[str, Any] = {"machine": data_speed.machine(), "root": root, "rows": []}
@@ -67,10 +64,7 @@ def data(cfg: DictConfig) -> None:
         result["memory"] = data_speed.memory(root, backend=first, reads=config["reads"], batch_size=size)
         text = "memory after a tenth of {reads:,} reads {after_a_tenth_mib} MiB, at the end {end_mib}, peak {peak_mib}"
         print(text.format(**result["memory"]))
-    if file:
-        with writing("output", file):
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {file}")
+    write_results(file, result)
 
 
 def _check_values(config: Mapping[str, Any]) -> None:

@@ -68,8 +68,13 @@ def meta_model(cfg: DictConfig, num_classes: int, device: torch.device) -> nn.Mo
     part = cfg.model.copy()
     if "fused" in part:
         part.fused = resolve(part.fused, device, compiled=cfg.compile)
+    return without_weights(part, num_classes)
+
+
+def without_weights(config: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """Build the network of a configuration on the meta device: its shapes alone."""
     with torch.device("meta"):
-        return build_model(part, num_classes)
+        return build_model(config, num_classes)
 
 
 def check_targets(meta: Mapping[str, Any], source: str) -> None:

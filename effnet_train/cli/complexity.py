@@ -64,13 +64,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _rows(name: str, model_config: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row a part and one of the whole, which alone has the bytes of a batch."""
-    import torch
 
     from effnet_train.analysis import complexity as counting
     from effnet_train.cli import build
 
-    with torch.device("meta"):
-        model = build.build_model(model_config, config["num_classes"])
+    model = build.without_weights(model_config, config["num_classes"])
     size, by_layer = config["resolution"] or model_config["resolution"], config["by"] == "layer"
     cost = counting.complexity(model, size, by_layer=by_layer)
     kept = {} if config["by"] == "total" else counting.kept_numbers(model, size, by_layer=by_layer)

@@ -25,7 +25,7 @@ def check_sweep(config: Mapping[str, Any], checkpoints: int) -> None:
     if config["details"] is not None:
         raise ValueError(f"details={config['details']} are of one resolution=: give the one that the list finds best")
     if picture is not None:
-        from effnet_train.analysis.details import new_figure
+        from effnet_train.analysis.figures import new_figure
         from effnet_train.cli.outputs import check_file
 
         check_file("picture", Path(picture), PICTURES)

@@ -1,8 +1,10 @@
 """Files that a command writes at its end: what keeps it from that is told before the work, by their key."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_file(key: str, path: Path, suffixes: Sequence[str] = ()) -> None:
@@ -36,6 +38,22 @@ def make_place(key: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     with writing(key, path):
         path.parent.mkdir(parents=True, exist_ok=True)
     check_file(key, path, suffixes)
+
+
+def results_file(output: str | None) -> Path | None:
+    """Return where `output=` asks for results, a place that has been made, or None. Raises ValueError."""
+    if not output:
+        return None
+    make_place("output", Path(output))
+    return Path(output)
+
+
+def write_results(file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write results as JSON, where they are asked for. Raises ValueError."""
+    if file:
+        with writing("output", file):
+            file.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written to {file}")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -108,8 +107,7 @@ def built(part: Mapping[str, Any]) -> tuple[nn.Module, int]:
 
 def count_model(cfg: Mapping[str, Any], resolution: int, classes: int, *, source: str, note: str = "") -> Network:
     """Count a network of ours from its configuration."""
-    with torch.device("meta"):
-        model = build.build_model(cfg, classes)
+    model = build.without_weights(cfg, classes)
     return counted(model, resolution, source, shape=shape_of(cfg, resolution), note=note)
 
 

@@ -102,10 +102,9 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
 
 def _parts_since(former: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of the configuration that a former version had not, where they are what does nothing."""
-    defaults = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text(encoding="utf-8"))
-    return {
-        key: config[key] for key in config.keys() - former.keys() if key in defaults and defaults[key] == config[key]
-    }
+    new = config.keys() - former.keys()
+    defaults = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text(encoding="utf-8")) if new else {}
+    return {key: config[key] for key in new if key in defaults and defaults[key] == config[key]}
 
 
 def _check_same(folder: Path, former: object, config: dict[str, Any]) -> None:

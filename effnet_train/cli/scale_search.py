@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import Complexity, complexity
 from effnet_train.cli import check, run_folder
-from effnet_train.cli.build import build_data, build_model
+from effnet_train.cli.build import build_data, without_weights
 from effnet_train.cli.launch import config_dir_words, is_remote, training_command, words_beside
 from effnet_train.cli.lock import locked
 from effnet_train.distributed import Session
@@ -161,8 +160,7 @@ def _candidates(
 
 def cost_of(model: Mapping[str, Any], classes: int) -> Complexity:
     """Count the network of a configuration, without its weights."""
-    with torch.device("meta"):
-        return complexity(build_model(model, classes), model["resolution"])
+    return complexity(without_weights(model, classes), model["resolution"])
 
 
 def _plan(

@@ -1,15 +1,13 @@
 """`effnet-bench train`, `eval`, `latency` and `startup`: how fast all of it is, beside timm and torchvision."""
 
 import difflib
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from effnet_train.cli.outputs import make_place, writing
+from effnet_train.cli.outputs import results_file, write_results
 
 if TYPE_CHECKING:  # the command's help comes without torch
     from effnet_train.analysis.roofline import Device
@@ -42,11 +40,11 @@ def startup(cfg: DictConfig) -> None:
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check.check_config(config, check.BENCH_STARTUP)
-    file = _place(config)
+    file = results_file(config["output"])
     found = starting.measure(config["rounds"])
     for name, row in found.items():
         print(f"{name:16} {row['seconds']:6.2f} s   (wanted: under {row['limit_s']:g} s)")
-    _write(file, {"machine": data_speed.machine(), "startup": found})
+    write_results(file, {"machine": data_speed.machine(), "startup": found})
 
 
 def _compare(cfg: DictConfig, *, training: bool) -> None:
@@ -66,7 +64,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     build.set_threads(config["threads"])
     build.set_arithmetic(precision, False, place)
     cases = _cases(config, training, device, precision)
-    file = _place(config)
+    file = results_file(config["output"])
     capacity = roofline.measure_device(device, precision)
     result: dict[str, Any] = {
         "machine": {**data_speed.machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None},
@@ -79,7 +77,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
         rows = _rows(measured, config, capacity)
         result["rows"] += rows
         print(_table(name, rows), flush=True)
-    _write(file, result)
+    write_results(file, result)
 
 
 def _check_lists(config: Mapping[str, Any]) -> None:
@@ -105,8 +103,6 @@ def _check_lists(config: Mapping[str, Any]) -> None:
 
 def _cases(config: Mapping[str, Any], training: bool, device: str, precision: str) -> dict[str, list["Case"]]:
     """Return what is to be measured of each variant. Raises ValueError for one that is no EfficientNet."""
-    import torch
-
     from effnet_train.analysis.complexity import complexity
     from effnet_train.analysis.throughput import MODES, OWN_MODES, Case, default_batch_size, has
     from effnet_train.cli import build
@@ -124,8 +120,7 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
             raise ValueError(
                 f"models has {name}, which is no EfficientNet: the other libraries' networks are only these"
             )
-        with torch.device("meta"):
-            model = build.build_model(variants[name], 1000)
+        model = build.without_weights(variants[name], 1000)
         size = config["resolution"] or arguments["resolution"]
         batch_size = config["batch_size"] or default_batch_size(complexity(model, size).activations, device)
         cases[name] = [
@@ -229,17 +224,3 @@ def _table(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in row["kinds"].items() if share >= 0.01)
             lines.append(f"  {row['name']}: {shares}")
     return "\n".join(lines)
-
-
-def _place(config: Mapping[str, Any]) -> Path | None:
-    file = Path(config["output"]) if config["output"] else None
-    if file:
-        make_place("output", file)
-    return file
-
-
-def _write(file: Path | None, result: Mapping[str, Any]) -> None:
-    if file:
-        with writing("output", file):
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {file}")
