@@ -27,8 +27,9 @@ def uniform(keys: Tensor, count: int, *, salt: int = 0) -> Tensor:
     A number depends on its key (int64), its row and the salt, and on nothing else: neither on the other keys
     of the batch, nor on the device, nor on how often it is asked for.
     """
-    rows = torch.arange(1, count + 1, device=keys.device)
-    bits = _mixed(_mixed(keys ^ salt) + (rows * GOLDEN_GAMMA)[:, None])
+    # Multiples by summing: Inductor takes those of `arange` for an index, and computes them in 32 bits.
+    gammas = torch.full((count,), GOLDEN_GAMMA, device=keys.device).cumsum(0)
+    bits = _mixed(_mixed(keys ^ salt) + gammas[:, None])
     return _shifted(bits, 40).float() * 2.0**-24
 
 

@@ -1,19 +1,35 @@
 """Triton kernels of depthwise convolutions over tensors that lie as (N, H, W, C), with any padding and no copy for it.
 
-As in `norm_kernels`, nothing is added atomically. `top` and `left` are the padding before the first pixel; what is
-after the last follows from the output's size. Weights are (K * K, C), so that they are read in rows as pixels are.
+A program has a block of channels and some columns of images (a sample and a column, numbered through), and goes down
+the rows. What it has begun of other rows, and the weights, it holds in registers: so a number is read K times, not
+K * K, and all but once from the cache. As in `norm_kernels`, nothing is added atomically.
+
+`top` and `left` are the padding before the first pixel; what is after the last follows from the output's size. Weights
+are (K * K, C), so that they are read in rows as pixels are.
 """
 
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import activated, affine, slope, store_moments, welford
+from effnet_train.models.fused.norm_kernels import activated, affine, channel, counts, slope, store_moments, track
 
 
 @triton.jit
-def place(rows, height, width):
-    """Return the sample, row and column of pixels that are numbered through."""
-    return rows // (height * width), rows // width % height, rows % width
+def all_weights(weight, cols, C, K: tl.constexpr, ACC: tl.constexpr):
+    """Return the weights of a block of channels: K * K rows."""
+    rows = ()
+    for tap in tl.static_range(K * K):
+        rows = rows + (channel(weight + tap * C, cols, C, ACC),)
+    return rows
+
+
+@triton.jit
+def zeros(count: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):
+    """Return `count` blocks of zeros."""
+    blocks = ()
+    for _ in tl.static_range(count):
+        blocks = blocks + (tl.zeros([BM, BC], ACC),)
+    return blocks
 
 
 @triton.jit
@@ -38,32 +54,48 @@ def forward(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Convolve; of the M output pixels a program has `chunk`, whose moments it leaves as `moments` would."""
+    """Convolve; of the output's M columns a program has `chunk`, whose moments it leaves as `moments` would."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = program * chunk
-    stop = tl.minimum(start + chunk, M)
-    count = tl.zeros([BM, 1], ACC)
-    mean = tl.zeros([BM, BC], ACC)
-    m2 = tl.zeros([BM, BC], ACC)
-    for first in range(start, stop, BM):
-        rows = first + tl.arange(0, BM)[:, None]
-        inside = (rows < stop) & (cols[None, :] < C)
-        sample, i, j = place(rows, out_height, out_width)
-        row, column = i * STRIDE - top, j * STRIDE - left
-        at = ((sample * height + row) * width + column).to(tl.int64) * C + cols[None, :]
-        total = tl.zeros([BM, BC], ACC)
-        for di in tl.static_range(K):
-            in_row = inside & (row + di >= 0) & (row + di < height)
-            for dj in tl.static_range(K):
-                seen = in_row & (column + dj >= 0) & (column + dj < width)
-                value = tl.load(x + at + (di * width + dj) * C, mask=seen, other=0.0).to(ACC)
-                total += value * tl.load(weight + (di * K + dj) * C + cols, mask=cols < C, other=0.0)[None, :]
-        stored = total.to(y.dtype.element_ty)
-        tl.store(y + rows.to(tl.int64) * C + cols[None, :], stored, mask=inside)
-        # Of what was stored, not of what was computed: that is what will be normalised.
-        count, mean, m2 = welford(stored.to(ACC), rows < stop, count, mean, m2)
-    store_moments(partial, count, mean, m2, cols, C, program, programs)
+    weights = all_weights(weight, cols, C, K, ACC)
+    BEGUN: tl.constexpr = (K + STRIDE - 1) // STRIDE  # rows of the output that a row of the input goes into, at most
+    first = program * chunk
+    stop = tl.minimum(first + chunk, M)
+    origin = tl.zeros([BM, BC], ACC)
+    plain = tl.zeros([BM, BC], ACC)
+    square = tl.zeros([BM, BC], ACC)
+    for start in range(first, stop, BM):
+        columns = start + tl.arange(0, BM)[:, None]
+        inside = (columns < stop) & (cols[None, :] < C)
+        sample, j = columns // out_width, columns % out_width
+        column = j * STRIDE - left
+        at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
+        at_output = (sample.to(tl.int64) * out_height * out_width + j) * C + cols[None, :]
+        sums = zeros(BEGUN, BM, BC, ACC)  # of the output's rows t, t - 1, ...
+        for t in range(out_height + BEGUN - 1):
+            for s in tl.static_range(STRIDE):
+                row = t * STRIDE - top + s
+                in_row = inside & (row >= 0) & (row < height)
+                for dj in tl.static_range(K):
+                    seen = in_row & (column + dj >= 0) & (column + dj < width)
+                    value = tl.load(x + at + ((row * width).to(tl.int64) + dj) * C, mask=seen, other=0.0).to(ACC)
+                    more = ()
+                    for q in tl.static_range(BEGUN):
+                        if q * STRIDE + s < K:
+                            more = more + (sums[q] + value * weights[(q * STRIDE + s) * K + dj],)
+                        else:
+                            more = more + (sums[q],)
+                    sums = more
+            i = t - (BEGUN - 1)
+            stored = sums[BEGUN - 1].to(y.dtype.element_ty)
+            tl.store(y + at_output + (i * out_width).to(tl.int64) * C, stored, mask=inside & (i >= 0))
+            # Of what was stored, not of what was computed: that is what will be normalised.
+            valid = (columns < stop) & (i >= 0)
+            begins = (start == first) & (i == 0)
+            origin, plain, square = track(stored.to(ACC), valid, begins, origin, plain, square)
+            sums = zeros(1, BM, BC, ACC) + sums[: BEGUN - 1]
+    count = counts(first, stop, ACC, BM) * out_height
+    store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 
 
 @triton.jit
@@ -94,43 +126,51 @@ def input_gradient(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write the gradient of the convolution's input, of M pixels.
+    """Write the gradient of the convolution's input, of M columns.
 
     Where the input was a = act(b), b = BatchNorm(x), and `x` is given: `dx` is b's gradient, `a` is written anew for
     the weight's gradient, and sums for BatchNorm are left in `partial` as by `norm_sums`.
     """
     program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = program * chunk
-    stop = tl.minimum(start + chunk, M)
+    weights = all_weights(weight, cols, C, K, ACC)
+    if x is not None:
+        mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
+    stop = tl.minimum(program * chunk + chunk, M)
     plain = tl.zeros([BM, BC], ACC)
     times_x = tl.zeros([BM, BC], ACC)
-    for first in range(start, stop, BM):
-        rows = first + tl.arange(0, BM)[:, None]
-        sample, row, column = place(rows, height, width)
-        inside = (rows < stop) & (cols[None, :] < C)
-        grad = tl.zeros([BM, BC], ACC)
-        for di in tl.static_range(K):
-            # The output row that saw this one through the weights' row di, if there is one; and so the column.
-            above = row + top - di
-            i = above // STRIDE
-            in_row = inside & (above >= 0) & (above % STRIDE == 0) & (i < out_height)
-            at_row = ((sample * out_height + i) * out_width).to(tl.int64)
+    for start in range(program * chunk, stop, BM):
+        columns = start + tl.arange(0, BM)[:, None]
+        inside = (columns < stop) & (cols[None, :] < C)
+        sample, column = columns // width, columns % width
+        at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
+        at_image = sample.to(tl.int64) * out_height * out_width * C + cols[None, :]
+        sums = zeros(K, BM, BC, ACC)  # of the input's rows t * STRIDE - top, and on
+        for t in range((height - 1 + top) // STRIDE + 1):
+            in_row = inside & (t < out_height)
             for dj in tl.static_range(K):
+                # The output's column that saw this one through the weights' column dj, if there is one.
                 beside = column + left - dj
                 j = beside // STRIDE
                 seen = in_row & (beside >= 0) & (beside % STRIDE == 0) & (j < out_width)
-                value = tl.load(dy + (at_row + j) * C + cols[None, :], mask=seen, other=0.0).to(ACC)
-                grad += value * tl.load(weight + (di * K + dj) * C + cols, mask=cols < C, other=0.0)[None, :]
-        own = rows.to(tl.int64) * C + cols[None, :]
-        if x is not None:
-            mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
-            normal = (tl.load(x + own, mask=inside, other=0.0).to(ACC) - mean) * rstd
-            tl.store(a + own, activated(normal * w + b, ACT), mask=inside)
-            grad = tl.where(inside, grad * slope(normal * w + b, ACT), 0.0)
-            plain += grad
-            times_x += grad * normal
-        tl.store(dx + own, grad, mask=inside)
+                value = tl.load(dy + at_image + (t * out_width + j).to(tl.int64) * C, mask=seen, other=0.0).to(ACC)
+                more = ()
+                for di in tl.static_range(K):
+                    more = more + (sums[di] + value * weights[di * K + dj],)
+                sums = more
+            for s in tl.static_range(STRIDE):
+                row = t * STRIDE - top + s
+                own = at + (row * width).to(tl.int64) * C
+                valid = inside & (row >= 0) & (row < height)
+                grad = sums[s]
+                if x is not None:
+                    normal = (tl.load(x + own, mask=valid, other=0.0).to(ACC) - mean) * rstd
+                    tl.store(a + own, activated(normal * w + b, ACT), mask=valid)
+                    grad = tl.where(valid, grad * slope(normal * w + b, ACT), 0.0)
+                    plain += grad
+                    times_x += grad * normal
+                tl.store(dx + own, grad, mask=valid)
+            sums = sums[STRIDE:] + zeros(STRIDE, BM, BC, ACC)
     if x is not None:
         at_sum = partial + program * C + cols
         tl.store(at_sum, tl.sum(plain, axis=0), mask=cols < C)
@@ -153,35 +193,42 @@ def weight_gradient(
     chunk,
     programs,
     K: tl.constexpr,
-    LANES: tl.constexpr,
     STRIDE: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Leave sums over a program's share of the M output pixels in `partial` (K * K, programs, C).
-
-    A program has one row of the weights. Programs of the same pixels follow one another, so that those are read from
-    memory once. LANES is K rounded up to a power of two.
-    """
-    di = tl.program_id(0)
-    program = tl.program_id(1)
-    cols = tl.program_id(2) * BC + tl.arange(0, BC)
-    start = program * chunk
-    stop = tl.minimum(start + chunk, M)
-    dj = tl.arange(0, LANES)[:, None, None]
-    total = tl.zeros([LANES, BM, BC], ACC)
-    for first in range(start, stop, BM):
-        rows = first + tl.arange(0, BM)
-        sample, i, j = place(rows, out_height, out_width)
-        inside = (rows < stop)[:, None] & (cols < C)[None, :]
-        grad = tl.load(dy + rows[:, None].to(tl.int64) * C + cols[None, :], mask=inside, other=0.0).to(ACC)
-        row = i * STRIDE - top + di
-        column = (j * STRIDE - left)[None, :, None] + dj
-        seen = (inside & ((row >= 0) & (row < height))[:, None])[None, :, :]
-        seen = seen & (column >= 0) & (column < width) & (dj < K)
-        at = (((sample * height + row) * width)[None, :, None] + column).to(tl.int64)
-        total += tl.load(x + at * C + cols[None, None, :], mask=seen, other=0.0).to(ACC) * grad[None, :, :]
-    taps = di * K + tl.arange(0, LANES)[:, None]
-    at_sum = partial + (taps.to(tl.int64) * programs + program) * C + cols[None, :]
-    tl.store(at_sum, tl.sum(total, axis=1), mask=(tl.arange(0, LANES)[:, None] < K) & (cols[None, :] < C))
+    """Leave sums over a program's share of the output's M columns in `partial` (K * K, programs, C)."""
+    program = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    BEGUN: tl.constexpr = (K + STRIDE - 1) // STRIDE
+    stop = tl.minimum(program * chunk + chunk, M)
+    totals = zeros(K * K, BM, BC, ACC)
+    for start in range(program * chunk, stop, BM):
+        columns = start + tl.arange(0, BM)[:, None]
+        inside = (columns < stop) & (cols[None, :] < C)
+        sample, j = columns // out_width, columns % out_width
+        column = j * STRIDE - left
+        at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
+        at_output = (sample.to(tl.int64) * out_height * out_width + j) * C + cols[None, :]
+        grads = zeros(BEGUN, BM, BC, ACC)  # of the output's rows t, t - 1, ...
+        for t in range(out_height + BEGUN - 1):
+            own = dy + at_output + (t * out_width).to(tl.int64) * C
+            grads = (tl.load(own, mask=inside & (t < out_height), other=0.0).to(ACC),) + grads[: BEGUN - 1]
+            for s in tl.static_range(STRIDE):
+                row = t * STRIDE - top + s
+                in_row = inside & (row >= 0) & (row < height)
+                for dj in tl.static_range(K):
+                    seen = in_row & (column + dj >= 0) & (column + dj < width)
+                    value = tl.load(x + at + ((row * width).to(tl.int64) + dj) * C, mask=seen, other=0.0).to(ACC)
+                    more = ()
+                    for tap in tl.static_range(K * K):
+                        # The weights' row is that of the input less that of the output; only those of dj change.
+                        if tap % K == dj and tap // K % STRIDE == s:
+                            more = more + (totals[tap] + value * grads[tap // K // STRIDE],)
+                        else:
+                            more = more + (totals[tap],)
+                    totals = more
+    for tap in tl.static_range(K * K):
+        at_sum = partial + (tap * programs + program) * C + cols
+        tl.store(at_sum, tl.sum(totals[tap], axis=0), mask=cols < C)

@@ -16,7 +16,9 @@ from effnet_train.models.fused import depthwise_kernels, norm_kernels
 _PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 1024  # partial sums of a channel
 # Rows in a block of elements: as many as registers hold of what a kernel keeps for each.
-_BLOCK_ROWS: Mapping[str, int] = {"pointwise": 32, "sums": 64, "many sums": 32, "kernel rows": 16}
+_BLOCK_ROWS: Mapping[str, int] = {"pointwise": 32, "sums": 64, "many sums": 32}
+_WARPS = 8  # of a program that goes down columns of images
+_LANE: Mapping[int, int] = {3: 4, 5: 2}  # channels of a thread there, by the kernel's size: registers hold all weights
 
 
 class Padding(NamedTuple):
@@ -57,7 +59,19 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
-    kernel[grid](*arguments, **constants, ACC=acc)
+    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc)
+
+
+def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Build the number of channels into the kernel where it is no multiple of 16, which is all that Triton looks for.
+
+    It then knows that rows begin at multiples of 8, say, and loads 8 numbers at once: of so narrow layers there are few.
+    """
+    place = kernel.arg_names.index("C")
+    channels = arguments[place]
+    if channels % 16 == 0:
+        return arguments
+    return *arguments[:place], norm_kernels.tl.constexpr(channels), *arguments[place + 1 :]
 
 
 def _columns(channels: int, most: int) -> int:
@@ -85,8 +99,18 @@ class _Split(NamedTuple):
         return {"BM": self.BM, "BC": self.BC}
 
 
-def _split(rows: int, channels: int, *, kind: str = "sums") -> _Split:
-    block, columns = _BLOCK_ROWS[kind], _columns(channels, 32)
+def _split(rows: int, channels: int) -> _Split:
+    return _divided(rows, channels, _BLOCK_ROWS["sums"], _columns(channels, 32))
+
+
+def _column_split(x: Tensor, padding: Padding) -> _Split:
+    """Divide the columns of all of x's images."""
+    columns = _columns(x.shape[1], 64)
+    block = _LANE.get(padding.kernel, 1) * 32 * _WARPS // columns
+    return _divided(x.shape[0] * x.shape[3], x.shape[1], block, columns)
+
+
+def _divided(rows: int, channels: int, block: int, columns: int) -> _Split:
     tiles = math.ceil(rows / block)
     programs = min(tiles, _MOST_PARTS, max(1, _PROGRAMS // math.ceil(channels / columns)))
     chunk = math.ceil(tiles / programs) * block
@@ -123,10 +147,10 @@ def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def moments(x: Tensor) -> Tensor:
-    """Return the moments of parts of x's rows, (2, programs, C), for `finish_moments`."""
+    """Return the moments of parts of x's rows, (3, programs, C), for `finish_moments`."""
     channels = x.shape[1]
     split = _split(_rows(x), channels)
-    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
+    partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
     sizes = (_rows(x), channels, split.chunk, split.programs)
     _launch(norm_kernels.moments, _grid(split, channels), x, partial, *sizes, **split.blocks)
     return partial
@@ -137,17 +161,16 @@ def finish_moments(partial: Tensor, x: Tensor, norm: torch.nn.Module, momentum: 
 
     With a `momentum` above 0 the running statistics of `norm` move.
     """
-    channels = x.shape[1]
-    split = _split(_rows(x), channels)
+    _, programs, channels = partial.shape
     statistics = partial.new_empty(3, channels)
     _launch(
         norm_kernels.finish_moments,
         (math.ceil(channels / 16),),
         *(partial, norm.running_mean, norm.running_var, statistics),
-        *(_rows(x), channels, split.chunk, split.programs),
+        *(_rows(x), channels, programs),
         EPS=norm.eps,
         MOMENTUM=momentum,
-        BR=128 if split.programs > 16 else 16,
+        BR=128 if programs > 16 else 16,
         BC=16,
     )
     return statistics
@@ -236,12 +259,10 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     samples, channels = x.shape[:2]
     height, width = (math.ceil(side / padding.stride) for side in x.shape[2:])
     y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
-    split = _split(_rows(y), channels)
-    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x))
-    sizes = (_rows(y), channels, *_geometry(x, y, padding), split.chunk, split.programs)
-    # In the parts that `finish_moments` expects, of smaller blocks.
-    blocks = {"BM": _BLOCK_ROWS["many sums"], "BC": split.BC}
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **blocks}
+    split = _column_split(y, padding)
+    partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
+    sizes = (samples * width, channels, *_geometry(x, y, padding), split.chunk, split.programs)
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks, "num_warps": _WARPS}
     _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
     return y, partial
 
@@ -253,13 +274,13 @@ def depthwise_input_gradient(
 
     They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
     """
-    channels = x.shape[1]
-    split = _split(_rows(x), channels, kind="many sums")
+    samples, channels, _, width = x.shape
+    split = _column_split(x, padding)
     normed = affine[0] is not None
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
-    sizes = (_rows(x), channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
+    sizes = (samples * width, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks, "num_warps": _WARPS}
     arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
     _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
     return dx, a, None if partial is None else add_rows(partial)
@@ -267,12 +288,10 @@ def depthwise_input_gradient(
 
 def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Padding) -> Tensor:
     """Return the gradient of the weights, in their shape (C, 1, K, K)."""
-    channels, kernel = a.shape[1], padding.kernel
-    split = _split(_rows(dy), channels, kind="kernel rows")
-    partial = a.new_empty(kernel * kernel, split.programs, channels, dtype=accumulator(a))
-    sizes = (_rows(dy), channels, *_geometry(a, dy, padding), split.chunk, split.programs)
-    lanes = 1 << (kernel - 1).bit_length()
-    constants = {"K": kernel, "LANES": lanes, "STRIDE": padding.stride, **split.blocks}
-    grid = (kernel, *_grid(split, channels))
-    _launch(depthwise_kernels.weight_gradient, grid, a, dy, partial, *sizes, **constants)
+    samples, channels, _, width = dy.shape
+    split = _column_split(dy, padding)
+    partial = a.new_empty(padding.kernel**2, split.programs, channels, dtype=accumulator(a))
+    sizes = (samples * width, channels, *_geometry(a, dy, padding), split.chunk, split.programs)
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks, "num_warps": _WARPS}
+    _launch(depthwise_kernels.weight_gradient, _grid(split, channels), a, dy, partial, *sizes, **constants)
     return add_rows(partial).T.reshape(weight.shape).to(weight.dtype)

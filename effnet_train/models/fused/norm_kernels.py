@@ -51,42 +51,58 @@ def affine(statistics, weight, bias, cols, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def welford(value, mask, count, mean, m2):
-    """Take `value` into a running mean and sum of squared deviations, element by element; `count` is a column."""
-    count = count + mask
-    delta = tl.where(mask, value - mean, 0.0)
-    mean = mean + delta / tl.maximum(count, 1.0)
-    return count, mean, m2 + delta * tl.where(mask, value - mean, 0.0)
+def track(value, mask, begins, origin, plain, square):
+    """Take `value` into running sums of its distance from the first one, and of that squared, element by element.
+
+    As the first, where it `begins`, is among those that are counted, the variance loses no digits wherever they lie.
+    """
+    origin = tl.where(begins, value, origin)
+    apart = tl.where(mask, value - origin, 0.0)
+    return origin, plain + apart, square + apart * apart
 
 
 @triton.jit
-def store_moments(partial, count, mean, m2, cols, C, program, programs):
-    """Merge the rows' running moments and store them as a program's part of `partial` (2, programs, C)."""
-    total = tl.sum(count, axis=0)[None, :]
+def store_moments(partial, count, origin, plain, square, cols, C, program, programs):
+    """Merge the sums of lanes that took `count` values each: a program's part of `partial` (3, programs, C).
+
+    They are how many values there were, their mean, and the sum of their squared deviations.
+    """
+    shift = plain / tl.maximum(count, 1.0)
+    mean = origin + shift
+    total = tl.sum(count + mean * 0.0, axis=0)[None, :]
     merged = tl.sum(count * mean, axis=0)[None, :] / total
-    squares = tl.sum(m2 + count * (mean - merged) * (mean - merged), axis=0)[None, :]
+    squares = tl.sum(square - plain * shift + count * (mean - merged) * (mean - merged), axis=0)[None, :]
     at = partial + program * C + cols[None, :]
-    tl.store(at, merged, mask=cols[None, :] < C)
-    tl.store(at + programs * C, squares, mask=cols[None, :] < C)
+    inside = cols[None, :] < C
+    tl.store(at, total, mask=inside)
+    tl.store(at + programs * C, merged, mask=inside)
+    tl.store(at + 2 * programs * C, squares, mask=inside)
+
+
+@triton.jit
+def counts(start, stop, ACC: tl.constexpr, BM: tl.constexpr):
+    """Return how many of the rows from `start` to `stop` each of the BM lanes of a block takes, as a column."""
+    return (tl.maximum(stop - start - tl.arange(0, BM)[:, None] + (BM - 1), 0) // BM).to(ACC)
 
 
 @triton.jit
 def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Leave each program's mean and sum of squared deviations of its rows in `partial` (2, programs, C)."""
+    """Leave how many rows each program has, their mean and their squared deviations in `partial` (3, programs, C)."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
-    count = tl.zeros([BM, 1], ACC)
-    mean = tl.zeros([BM, BC], ACC)
-    m2 = tl.zeros([BM, BC], ACC)
+    origin = tl.zeros([BM, BC], ACC)
+    plain = tl.zeros([BM, BC], ACC)
+    square = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         rows = first + tl.arange(0, BM)[:, None]
         inside = rows < stop
         at = rows.to(tl.int64) * C + cols[None, :]
         value = tl.load(x + at, mask=inside & (cols[None, :] < C), other=0.0).to(ACC)
-        count, mean, m2 = welford(value, inside, count, mean, m2)
-    store_moments(partial, count, mean, m2, cols, C, program, programs)
+        origin, plain, square = track(value, inside, first == start, origin, plain, square)
+    count = counts(start, stop, ACC, BM)
+    store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 
 
 @triton.jit
@@ -97,7 +113,6 @@ def finish_moments(
     statistics,
     M,
     C,
-    chunk,
     programs,
     EPS: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -105,7 +120,7 @@ def finish_moments(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Merge the programs' moments: mean, biased variance and 1 / deviation in `statistics` (3, C).
+    """Merge the programs' moments of M rows: mean, biased variance and 1 / deviation in `statistics` (3, C).
 
     With a MOMENTUM above 0 the running statistics move, too.
     """
@@ -115,17 +130,18 @@ def finish_moments(
     for first in range(0, programs, BR):
         rows = first + tl.arange(0, BR)[:, None]
         inside = (rows < programs) & channels[None, :]
-        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
-        sums += count * tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0)
+        at = partial + rows * C + cols[None, :]
+        count = tl.load(at, mask=inside, other=0.0)
+        sums += count * tl.load(at + programs * C, mask=inside, other=0.0)
     mean = tl.sum(sums, axis=0) / M
     sums = tl.zeros([BR, BC], ACC)
     for first in range(0, programs, BR):
         rows = first + tl.arange(0, BR)[:, None]
         inside = (rows < programs) & channels[None, :]
-        count = tl.maximum(tl.minimum(M - rows * chunk, chunk), 0).to(ACC)
-        apart = tl.load(partial + rows * C + cols[None, :], mask=inside, other=0.0) - mean[None, :]
-        m2 = tl.load(partial + (programs + rows) * C + cols[None, :], mask=inside, other=0.0)
-        sums += m2 + count * apart * apart
+        at = partial + rows * C + cols[None, :]
+        count = tl.load(at, mask=inside, other=0.0)
+        apart = tl.load(at + programs * C, mask=inside, other=0.0) - mean[None, :]
+        sums += tl.load(at + 2 * programs * C, mask=inside, other=0.0) + count * apart * apart
     variance = tl.sum(sums, axis=0) / M
     tl.store(statistics + cols, mean, mask=channels)
     tl.store(statistics + C + cols, variance, mask=channels)
