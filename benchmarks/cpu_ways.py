@@ -33,7 +33,7 @@ def within(context: Callable, make: Callable[[], Work]) -> Work:
         with context():
             work.run()
 
-    return Work(run, work.path)
+    return Work(run, work.device, work.path)
 
 
 def ways(case: Case, training: bool) -> dict[str, Work]:
@@ -84,7 +84,7 @@ def main() -> None:
             batch_size=batch_size or arguments.batch_size,
         )
         works = ways(case, job == "train")
-        times = throughput.interleaved(works, rounds=arguments.rounds, seconds=arguments.seconds, device="cpu")
+        times = throughput.interleaved(works, rounds=arguments.rounds, seconds=arguments.seconds)
         ratios = throughput.ratios(times, "all")
         found[job] = {name: round(1 / ratios[name], 3) for name in works}
         for name in works:

@@ -1,19 +1,23 @@
-"""How fast networks train and evaluate, and in how much memory, beside timm's and torchvision's: all in turn."""
+"""How fast networks train and evaluate, and in how much memory, beside timm's and torchvision's: all in turn.
+
+Each has a process of its own: so they are compiled beside one another, and nobody's memory is counted as another's.
+"""
 
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from effnet_train.analysis import roofline
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
@@ -61,12 +65,38 @@ class Case:
         return self.library if self.mode == "eager" else f"{self.library}, {self.mode}"
 
 
+class Timed(Protocol):
+    """What is measured in turn with others."""
+
+    def prepared(self) -> float:
+        """Do all that comes first, as compiling, and return the seconds of a call."""
+
+    def timed(self, count: int) -> float:
+        """Return the seconds of `count` calls."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One step on a batch, or one forward pass of it, to be called again and again; `path`: what the network became."""
 
     run: Callable[[], object]
+    device: str
     path: str = PLAIN
+
+    def prepared(self) -> float:
+        """Make the first calls, and return the seconds of the last of them."""
+        for _ in range(_FIRST_CALLS[self.device]):
+            once = self.timed(1)
+        return once
+
+    def timed(self, count: int) -> float:
+        """Return the seconds of `count` calls."""
+        start = perf_counter()
+        for _ in range(count):
+            self.run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - start
 
 
 def has(library: str, variant: str) -> bool:
@@ -108,7 +138,7 @@ def build(case: Case) -> Work:
         with autocast(device, case.precision):
             model(images)
 
-    return Work(run, path)
+    return Work(run, case.device, path)
 
 
 def _network(case: Case) -> nn.Module:
@@ -161,7 +191,7 @@ def _training(case: Case, model: nn.Module, device: torch.device) -> Work:
         optimizer.zero_grad(set_to_none=True)
         update(model)
 
-    return Work(run)
+    return Work(run, case.device)
 
 
 def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.device) -> Work:
@@ -191,16 +221,11 @@ def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.
     step = GraphStepper(**parts, update=OnePass(state.optimizer, ema)) if graph else Stepper(**parts)
     pixels = torch.randint(256, (case.batch_size, case.resolution, case.resolution, 3), dtype=torch.uint8)
     batch = Batch(pixels.to(device), labels, torch.arange(case.batch_size).to(device), [])
-    return Work(lambda: step(state, [batch], _LR))
+    return Work(lambda: step(state, [batch], _LR), case.device)
 
 
 def interleaved(
-    works: Mapping[str, Work],
-    *,
-    rounds: int,
-    seconds: float,
-    device: str,
-    told: Callable[[str], None] = lambda _: None,
+    works: Mapping[str, Timed], *, rounds: int, seconds: float, told: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[float]]:
     """Return the seconds of one call of each work in each of `rounds`; in each, all are measured for `seconds` in turn.
 
@@ -208,25 +233,14 @@ def interleaved(
     """
     counts = {}
     for name, work in works.items():
-        for _ in range(_FIRST_CALLS[device]):
-            once = _timed(work, 1, device)
-        counts[name] = max(1, round(seconds / once))
+        counts[name] = max(1, round(seconds / work.prepared()))
         told(f"{name} is ready")
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds):
         for name, work in works.items():
-            times[name].append(_timed(work, counts[name], device) / counts[name])
+            times[name].append(work.timed(counts[name]) / counts[name])
         told(f"round {number + 1} of {rounds}")
     return times
-
-
-def _timed(work: Work, count: int, device: str) -> float:
-    start = perf_counter()
-    for _ in range(count):
-        work.run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - start
 
 
 def ratios(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, float]:
@@ -237,43 +251,82 @@ def ratios(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, fl
     }
 
 
-def build_weighed(case: Case, steps: int = 3) -> tuple[Work, int]:
-    """Build a case; return it and the bytes that it takes at its peak: weights, optimizer, average, activations.
+class Elsewhere:
+    """A case in a process of its own; `peak` and `path` are there when it is prepared.
 
-    On a GPU what its allocator gives out, beyond what there was before; on a CPU by how much a new process grows that
-    does nothing else.
+    The peak are the bytes that it takes: weights, optimizer, average, activations. On a GPU what its allocator gives
+    out, on a CPU by how much the process grows.
     """
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        work = _run(case, steps)
-        torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, and their work space does not count
-        work.run()
-        return work, torch.cuda.max_memory_allocated() - before
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        grown = process.submit(_grown, case, steps, torch.get_num_threads()).result()
-    return build(case), grown
+
+    def __init__(self, case: Case, set_up: Callable[[], object]) -> None:
+        self.peak, self.path = 0, PLAIN
+        self._case = case
+        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=set_up)
+        # Compiling takes minutes and little memory of the device; the others get ready meanwhile, one after another.
+        self._started = self._begin() if case.mode == "compiled" else None
+
+    def prepared(self) -> float:
+        """Wait until the case can be measured, and return the seconds of a call."""
+        once, self.peak, self.path = (self._started or self._begin()).result()
+        return once
+
+    def timed(self, count: int) -> float:
+        """Return the seconds of `count` calls."""
+        return self._process.submit(_repeat, count).result()
+
+    def kinds(self) -> dict[str, float]:
+        """Return where the time goes, by kinds of layers."""
+        return self._process.submit(_kinds, self._case.device).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.shutdown()
+
+    def _begin(self) -> Future[tuple[float, int, str]]:
+        return self._process.submit(_begin, self._case)
 
 
-def _run(case: Case, steps: int) -> Work:
+_works: list[Work] = []  # of this process, the one that it measures
+
+
+def _begin(case: Case) -> tuple[float, int, str]:
+    before = 0 if case.device == "cuda" else _resident_before(case)
     work = build(case)
-    for _ in range(steps):
-        work.run()
-    return work
+    _works.append(work)
+    once = work.prepared()
+    if case.device == "cpu":
+        return once, _status("VmHWM") - before, work.path
+    torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, and their work space does not count
+    work.run()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return once, peak, work.path
 
 
-def _grown(case: Case, steps: int, threads: int) -> int:
-    """Return by how many bytes this process grows at most while it works; what it imports and sets up is not in it."""
-    torch.set_num_threads(threads)
+def _repeat(count: int) -> float:
+    work = _works[0]
+    if work.device == "cpu":
+        return work.timed(count)
+    work.timed(1)  # takes its memory again
+    seconds = work.timed(count)
+    torch.cuda.empty_cache()  # for the others
+    return seconds
+
+
+def _kinds(device: str) -> dict[str, float]:
+    return roofline.by_kind(_works[0].run, device)
+
+
+def _resident_before(case: Case) -> int:
+    """Return the bytes of this process when it has imported and set up all that the case needs, but nothing of it."""
     small: dict[str, Any] = {"resolution": 32, "batch_size": 2, "mode": "eager"}
     if case.library == "ours":
         small["config"] = {**case.config, "width": 0.25, "depth": 0.25}
-    _run(replace(case, **small), 1)
+    build(replace(case, **small)).run()
     before = _status("VmRSS")
     with suppress(OSError):  # where it may not be written, the peak so far counts, which a step exceeds
         Path("/proc/self/clear_refs").write_text("5")
-    _run(case, steps)
-    return _status("VmHWM") - before
+    return before
 
 
 def _status(key: str) -> int:

@@ -33,8 +33,8 @@ def training_traffic(model: nn.Module, resolution: int, *, dtype: torch.dtype = 
     weights, is left out.
     """
     # So many that there are no more partial sums with more images: see `fused.launch`.
-    few, more = (_moved(model, resolution, count, dtype) for count in (64, 128))
-    return Traffic((more - few) // 64, sum(kept_numbers(model, resolution).values()) * dtype.itemsize)
+    few, more = (_moved(model, resolution, count, dtype) for count in (512, 1024))
+    return Traffic((more - few) // 512, sum(kept_numbers(model, resolution).values()) * dtype.itemsize)
 
 
 def _moved(model: nn.Module, resolution: int, count: int, dtype: torch.dtype) -> int:

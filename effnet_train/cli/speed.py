@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -156,15 +157,9 @@ def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device"
     from effnet_train.models.efficientnet import EfficientNet
 
     first = cases[0]
-    works, peaks = {}, {}
-    for case in cases:
-        if config["memory"]:
-            works[case.name], peaks[case.name] = throughput.build_weighed(case)
-        else:
-            works[case.name] = throughput.build(case)
-    times = throughput.interleaved(
-        works, rounds=config["rounds"], seconds=config["seconds"], device=first.device, told=_told
-    )
+    set_up = partial(_set_up, config["threads"], first.precision, first.device)
+    works = {case.name: throughput.Elsewhere(case, set_up) for case in cases}
+    times = throughput.interleaved(works, rounds=config["rounds"], seconds=config["seconds"], told=_told)
     reference = _REFERENCE if _REFERENCE in times else first.name
     faster = throughput.ratios(times, reference)
     with torch.device("meta"):
@@ -185,17 +180,26 @@ def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device"
             "images_per_s": round(case.batch_size / seconds, 2),
             "ratio": round(faster[case.name], 3),
             "reference": reference,
-            "peak_mib": round(peaks[case.name] / 2**20, 1) if config["memory"] else None,
+            "peak_mib": round(works[case.name].peak / 2**20, 1) if config["memory"] else None,
             "floor": {"flops": least.flops, "bytes": least.bytes, "ms": round(1000 * least.seconds, 3)},
             "times_floor": round(seconds / least.seconds, 2),
             # A graph hides which layer started a kernel.
-            "kinds": roofline.by_kind(works[case.name].run, case.device)
-            if config["kinds"] and case.mode != "graph"
-            else None,
+            "kinds": works[case.name].kinds() if config["kinds"] and case.mode != "graph" else None,
             "runs_ms": [round(1000 * value, 3) for value in times[case.name]],
         }
+        works[case.name].close()
         rows.append(row)
     return rows
+
+
+def _set_up(threads: Any, precision: str, device: str) -> None:
+    """Have a process compute as this one does."""
+    import torch
+
+    from effnet_train.cli import build
+
+    build.set_threads(threads)
+    build.set_arithmetic(precision, False, torch.device(device))
 
 
 def _told(text: str) -> None:

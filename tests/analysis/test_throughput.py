@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,11 +27,9 @@ def test_all_are_measured_in_turn_and_ratios_are_within_a_round(monkeypatch):
             # The machine gets slower for all: no ratio may change.
             clock["now"] += seconds * (1 + len(order) // 100)
 
-        return Work(run)
+        return Work(run, "cpu")
 
-    times = throughput.interleaved(
-        {"timm": work("timm", 0.02), "ours": work("ours", 0.01)}, rounds=3, seconds=0.1, device="cpu"
-    )
+    times = throughput.interleaved({"timm": work("timm", 0.02), "ours": work("ours", 0.01)}, rounds=3, seconds=0.1)
     assert order[:6] == ["timm"] * 3 + ["ours"] * 3
     assert order[6:] == (["timm"] * 5 + ["ours"] * 10) * 3
     assert times["timm"] == pytest.approx([0.02] * 3)
@@ -64,9 +63,32 @@ def test_libraries_have_what_they_have():
     assert [throughput.has(library, "nano") for library in throughput.LIBRARIES] == [True, False, False]
 
 
+def prepared(case: Case) -> throughput.Elsewhere:
+    work = throughput.Elsewhere(case, partial(torch.set_num_threads, 1))
+    assert work.prepared() > 0
+    work.close()
+    return work
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures_the_same_work():
+    work = throughput.Elsewhere(replace(CASE, training=False), partial(torch.set_num_threads, 1))
+    once = work.prepared()
+    assert work.timed(20) == pytest.approx(20 * once, rel=0.8)
+    assert work.path == throughput.build(replace(CASE, training=False)).path != "plain"
+    assert sum(work.kinds().values()) == pytest.approx(1, abs=0.01)
+    work.close()
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_process_fails_here():
+    with pytest.raises(TypeError, match="wdith"):
+        throughput.Elsewhere(replace(CASE, config={"wdith": 1}), partial(torch.set_num_threads, 1)).prepared()
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_one_process_and_grows_with_the_batch():
-    small, large = (throughput.build_weighed(replace(CASE, batch_size=n, resolution=64), 1)[1] for n in (2, 64))
+    small, large = (prepared(replace(CASE, batch_size=n, resolution=64)).peak for n in (2, 64))
     cost = complexity(EfficientNet(**CONFIG), 64)
     weights = 4 * 4 * cost.parameters  # weights, average, two slots; gradients are gone before the activations peak
     assert 0.5 * weights < small < 4 * weights

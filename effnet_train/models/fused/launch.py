@@ -13,12 +13,12 @@ from torch import Tensor
 
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
-_PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
+_PROGRAMS = 4096  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 1024  # partial sums of a channel
-# Rows in a block of elements: as many as registers hold of what a kernel keeps for each.
-_BLOCK_ROWS: Mapping[str, int] = {"pointwise": 32, "sums": 64, "many sums": 32}
-_WARPS = 8  # of a program that goes down columns of images
-_LANE: Mapping[int, int] = {3: 4, 5: 2}  # channels of a thread there, by the kernel's size: registers hold all weights
+_WARPS = 4  # of every program
+# Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
+# it goes down columns of images these are weights, too, by the convolution's size.
+_NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "many sums": 8, 3: 4, 5: 2}
 
 
 class Padding(NamedTuple):
@@ -59,13 +59,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
-    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc)
+    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc, num_warps=_WARPS)
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Build the number of channels into the kernel where it is no multiple of 16, which is all that Triton looks for.
 
-    It then knows that rows begin at multiples of 8, say, and loads 8 numbers at once: of so narrow layers there are few.
+    It then knows that rows begin at multiples of 8, say, and loads 8 numbers at once. There are few such layers.
     """
     place = kernel.arg_names.index("C")
     channels = arguments[place]
@@ -99,41 +99,42 @@ class _Split(NamedTuple):
         return {"BM": self.BM, "BC": self.BC}
 
 
-def _split(rows: int, channels: int) -> _Split:
-    return _divided(rows, channels, _BLOCK_ROWS["sums"], _columns(channels, 32))
+def _block(channels: int, kind: str | int) -> tuple[int, int]:
+    """Return how many rows and channels a program takes at a time."""
+    columns = _columns(channels, 64)
+    return max(1, _NUMBERS.get(kind, 1) * 32 * _WARPS // columns), columns
 
 
-def _column_split(x: Tensor, padding: Padding) -> _Split:
-    """Divide the columns of all of x's images."""
-    columns = _columns(x.shape[1], 64)
-    block = _LANE.get(padding.kernel, 1) * 32 * _WARPS // columns
-    return _divided(x.shape[0] * x.shape[3], x.shape[1], block, columns)
-
-
-def _divided(rows: int, channels: int, block: int, columns: int) -> _Split:
+def _split(rows: int, channels: int, *, kind: str | int = "sums") -> _Split:
+    block, columns = _block(channels, kind)
     tiles = math.ceil(rows / block)
     programs = min(tiles, _MOST_PARTS, max(1, _PROGRAMS // math.ceil(channels / columns)))
     chunk = math.ceil(tiles / programs) * block
     return _Split(math.ceil(rows / chunk), chunk, block, columns)
 
 
-def _sample_split(samples: int, pixels: int, channels: int) -> _Split:
+def _column_split(x: Tensor, padding: Padding) -> _Split:
+    """Divide the columns of all of x's images."""
+    return _split(x.shape[0] * x.shape[3], x.shape[1], kind=padding.kernel)
+
+
+def _sample_split(samples: int, pixels: int, channels: int, *, kind: str = "sums") -> _Split:
     """Divide the pixels of each sample; `programs` is of one sample."""
-    block, columns = _BLOCK_ROWS["many sums"], _columns(channels, 32)
+    block, columns = _block(channels, kind)
     tiles = math.ceil(pixels / block)
     programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
     chunk = math.ceil(tiles / programs) * block
     return _Split(math.ceil(pixels / chunk), chunk, block, columns)
 
 
-def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int, int]:
-    return samples * split.programs, math.ceil(channels / split.BC)
+def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int]:
+    return (samples * split.programs * math.ceil(channels / split.BC),)
 
 
-def _pointwise(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _pointwise(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     rows, channels = _rows(x), x.shape[1]
-    blocks = {"BM": _BLOCK_ROWS["pointwise"], "BC": _columns(channels, 128)}
-    return (math.ceil(rows / blocks["BM"]), math.ceil(channels / blocks["BC"])), blocks
+    block, columns = _block(channels, "pointwise")
+    return (math.ceil(rows / block) * math.ceil(channels / columns),), {"BM": block, "BC": columns}
 
 
 def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
@@ -141,7 +142,7 @@ def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
     count, rows, channels = partial.shape
     out = partial.new_empty(count, channels)
     block = 16 if rows <= 16 else 128
-    grid = (count, math.ceil(channels / 16))
+    grid = (count * math.ceil(channels / 16),)
     _launch(norm_kernels.add_rows, grid, partial, out, rows, channels, scale, BR=block, BC=16)
     return out
 
@@ -202,7 +203,7 @@ def pooled(x: Tensor, affine: Sequence[Tensor], act: str) -> Tensor:
 def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gated activation anew, and the kernel's five sums over pixels, (5, N, C)."""
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    split = _sample_split(samples, pixels, channels)
+    split = _sample_split(samples, pixels, channels, kind="many sums")
     z = torch.empty_like(x)
     partial = x.new_empty(5, samples, split.programs, channels, dtype=accumulator(x))
     sizes = (samples, channels, pixels, split.chunk, split.programs)
@@ -262,7 +263,7 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     split = _column_split(y, padding)
     partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
     sizes = (samples * width, channels, *_geometry(x, y, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks, "num_warps": _WARPS}
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks}
     _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
     return y, partial
 
@@ -280,7 +281,7 @@ def depthwise_input_gradient(
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
     sizes = (samples * width, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks, "num_warps": _WARPS}
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
     arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
     _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
     return dx, a, None if partial is None else add_rows(partial)
@@ -292,6 +293,6 @@ def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Pa
     split = _column_split(dy, padding)
     partial = a.new_empty(padding.kernel**2, split.programs, channels, dtype=accumulator(a))
     sizes = (samples * width, channels, *_geometry(a, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks, "num_warps": _WARPS}
+    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks}
     _launch(depthwise_kernels.weight_gradient, _grid(split, channels), a, dy, partial, *sizes, **constants)
     return add_rows(partial).T.reshape(weight.shape).to(weight.dtype)

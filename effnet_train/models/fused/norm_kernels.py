@@ -37,6 +37,13 @@ def slope(b, ACT: tl.constexpr):
 
 
 @triton.jit
+def place(C, BC: tl.constexpr):
+    """Return this program's number among those of its channels, and these; the next has others of the same rows."""
+    blocks = tl.cdiv(C, BC)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+
+
+@triton.jit
 def channel(pointer, cols, C, ACC: tl.constexpr):
     """Load a number a channel, as a row."""
     return tl.load(pointer + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
@@ -88,8 +95,7 @@ def counts(start, stop, ACC: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Leave how many rows each program has, their mean and their squared deviations in `partial` (3, programs, C)."""
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    program, cols = place(C, BC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
     origin = tl.zeros([BM, BC], ACC)
@@ -174,8 +180,8 @@ def normalise(
     BC: tl.constexpr,
 ):
     """Write act(BatchNorm(x)), times a gate (N, C), dropped where `u` (N,) is below the rate, plus a residual."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    program, cols = place(C, BC)
+    rows = program * BM + tl.arange(0, BM)[:, None]
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     inside = (rows < M) & (cols[None, :] < C)
     at = rows.to(tl.int64) * C + cols[None, :]
@@ -208,9 +214,8 @@ def pool(
     BC: tl.constexpr,
 ):
     """Leave sums of act(BatchNorm(x)) over a sample's pixels in `partial` (N, splits, C)."""
-    program = tl.program_id(0)
+    program, cols = place(C, BC)
     sample, split = program // splits, program % splits
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     stop = tl.minimum((split + 1) * chunk, pixels)
     total = tl.zeros([BM, BC], ACC)
@@ -226,8 +231,8 @@ def pool(
 @triton.jit
 def add_rows(partial, out, rows_of_each, C, scale, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """Add (K, rows, C) up to `out` (K, C), times `scale`, always in the same order."""
-    one = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    program, cols = place(C, BC)
+    one = program.to(tl.int64)
     total = tl.zeros([BR, BC], ACC)
     for first in range(0, rows_of_each, BR):
         rows = first + tl.arange(0, BR)[:, None]
@@ -262,9 +267,8 @@ def gated_sums(
     dz * s'(b), s'(b), and both times the normalised x. As b's gradient is (dz * gate + the mean's gradient) * s'(b),
     BatchNorm's sums follow from these once the mean's gradient is known, and x need not be read again for them.
     """
-    program = tl.program_id(0)
+    program, cols = place(C, BC)
     sample, split = program // splits, program % splits
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     own = channel(gate + sample * C, cols, C, ACC)
     stop = tl.minimum((split + 1) * chunk, pixels)
@@ -332,8 +336,7 @@ def norm_sums(
     BC: tl.constexpr,
 ):
     """Leave sums of b's gradient, and of it times the normalised x, in `partial` (2, programs, C)."""
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    program, cols = place(C, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     start = program * chunk
     stop = tl.minimum(start + chunk, M)
@@ -377,8 +380,8 @@ def input_gradient(
     BC: tl.constexpr,
 ):
     """Write BatchNorm's input gradient, given the sums (2, C) of `norm_sums` over all `count` rows."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    program, cols = place(C, BC)
+    rows = program * BM + tl.arange(0, BM)[:, None]
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     plain = channel(sums, cols, C, ACC) / count
     times_x = channel(sums + C, cols, C, ACC) / count

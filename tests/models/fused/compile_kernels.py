@@ -34,10 +34,9 @@ MORE = [
 ]
 
 
-def record(calls: dict[str, tuple[ASTSource, dict[str, int]]], kernel: Any, *arguments: Any, **constants: Any) -> None:
-    """Note how a kernel was called as Triton's own launcher would, and with which options."""
+def record(calls: dict[str, ASTSource], kernel: Any, *arguments: Any, **constants: Any) -> None:
+    """Note how a kernel was called as Triton's own launcher would."""
     signature, attributes = {}, {}
-    options = {"num_warps": constants.pop("num_warps")} if "num_warps" in constants else {}
     known = {**constants, "ACC": launch.norm_kernels.tl.float32}
     arguments = launch._specialised(kernel, arguments)
     for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
@@ -51,11 +50,11 @@ def record(calls: dict[str, tuple[ASTSource, dict[str, int]]], kernel: Any, *arg
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys([*constants, "ACC"], "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes}"] = source, options
+    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes}"] = source
 
 
 def main(capability: int, kinds: str) -> None:
-    calls: dict[str, tuple[ASTSource, dict[str, int]]] = {}
+    calls: dict[str, ASTSource] = {}
     launch._launch = lambda kernel, grid, *arguments, **constants: record(calls, kernel, *arguments, **constants)
     for shape, se_ratio, activation, size in FEW if kinds == "few" else [*FEW, *MORE]:
         style = Style(activation=activation, fused=True)
@@ -69,9 +68,9 @@ def main(capability: int, kinds: str) -> None:
     pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
     scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
     signature = {**pointers, **scalars, "BLOCK": "constexpr"}
-    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024}), {}
+    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024})
     target = GPUTarget("cuda", capability, 32)
-    compiled = {name: triton.compile(source, target, options) for name, (source, options) in calls.items()}
+    compiled = {name: triton.compile(source, target) for name, source in calls.items()}
     print(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in compiled.items()}))
 
 

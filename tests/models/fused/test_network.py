@@ -71,7 +71,7 @@ class Wide(nn.Module):
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have few programs: to an interpreter their number matters, not their size."""
-    monkeypatch.setattr(launch, "_BLOCK_ROWS", {**dict.fromkeys(launch._BLOCK_ROWS, 512), "kernel rows": 64})
+    monkeypatch.setattr(launch, "_NUMBERS", dict.fromkeys(launch._NUMBERS, 128))
     monkeypatch.setattr(launch, "_columns", lambda channels, most: 1 << (channels - 1).bit_length())
 
 
