@@ -231,15 +231,14 @@ def _member(
     from effnet_train.cli import build
     from effnet_train.data.device_batches import check_device
     from effnet_train.data.loader import eval_batches
-    from effnet_train.engine.adversarial import Attack, Attacked
-    from effnet_train.engine.evaluate import Member, OfClasses
+    from effnet_train.engine.adversarial import Attack, Attacker
+    from effnet_train.engine.evaluate import Member, OfClasses, unchanged
 
     check_device(data.backend, session.device, part.preprocess)
     whole = list(scored) == list(range(len(part.classes)))
     model = part.model if whole else OfClasses(part.model, scored, session.device)
     attack = Attack(**config["attack"])
-    if attack.epsilon:
-        model = Attacked(model, attack, part.preprocess, session.device)
+    attacker = Attacker(attack, part.preprocess, session.device) if attack.epsilon else unchanged
     workers = build.resolve_workers(config["workers"], session.device)
     if config["workers"] == "auto":  # the members decode side by side
         workers = max(1, workers // len(_listed(config["checkpoint"])))
@@ -253,7 +252,7 @@ def _member(
         device=session.device,
         crops=config["crops"],
     )
-    return Member({part.label: model}, batches, part.preprocess)
+    return Member({part.label: model}, batches, part.preprocess, attacker)
 
 
 def _measure(config: Config, source: "Source", scored: Sequence[int], *, per_class: bool) -> "Measure":

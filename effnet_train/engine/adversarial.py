@@ -121,28 +121,25 @@ class Adversarial:
             ).detach()
 
 
-class Attacked(nn.Module):
-    """A network in evaluation mode that sees each image attacked: away from the class that it takes the image for.
+class Attacker:
+    """Leads images away from their labels, for a network in evaluation mode, without a random start.
 
-    No label is needed, and what it gets right is attacked as it would be by the label.
+    By the label and not by the class that the network takes an image for: away from a wrong one, it might become right.
     """
 
-    def __init__(self, model: nn.Module, attack: Attack, preprocess: Preprocess, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.attack = model, attack
+    def __init__(self, attack: Attack, preprocess: Preprocess, device: torch.device) -> None:
+        self.attack = attack
         self.level, self.bounds = _inputs(preprocess, device)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) to the logits of what an attacker who knows the network makes of them."""
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) as an attacker who knows `model` and `labels` (N,) makes them."""
         with torch.inference_mode(False):
-            images = images.clone()  # such as gradients may be taken by
-            with torch.no_grad():
-                taken = self.model(images).argmax(dim=1)
+            images, labels = images.clone(), labels.clone()  # such as gradients may be taken by
 
             def gradient(inputs: Tensor) -> Tensor:
-                return _gradient(lambda x: F.cross_entropy(self.model(x).float(), taken, reduction="sum"), inputs)
+                return _gradient(lambda x: F.cross_entropy(model(x).float(), labels, reduction="sum"), inputs)
 
-            attacked = pgd(
+            return pgd(
                 images,
                 gradient,
                 start=torch.zeros_like(images),
@@ -151,7 +148,6 @@ class Attacked(nn.Module):
                 steps=self.attack.steps,
                 bounds=self.bounds,
             )
-        return self.model(attacked)
 
 
 def _inputs(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
