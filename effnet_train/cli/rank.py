@@ -77,6 +77,7 @@ def prepare(
     plan = _plan(cfg, data, session)
     stages = build_stages(cfg, len(data.train))
     pieces = micro_batches(cfg, stages, len(data.classes), precision, session)
+    cfg = cfg.copy()  # a run that goes back asks anew what fits: the first stages may need fewer than the last
     cfg.accumulate = pieces[-1]
     build.check_batch(cfg, session.world_size)
     state, network = _state(cfg, data, precision, session, start=former is None)

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli import build
+from effnet_train.cli.rank import prepare
+from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.engine.progressive import StagedStepper
 from effnet_train.engine.train import Stepper
 
 Cli = Callable[..., Any]
@@ -128,6 +132,21 @@ def test_the_plan_tells_of_stages_and_memory_settles_micro_batches(
     seen = sizes_seen(monkeypatch)
     assert (done := cli("train", *progressive, "name=run")).status == 0, done.err
     assert [count for *_, count in seen] == [1, 2]
+
+
+def test_a_run_that_goes_back_has_the_same_micro_batches(
+    compose: Callable[..., dict[str, Any]], progressive: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fit(cfg: DictConfig, *rest: Any) -> int:
+        return (1 if rest[-1] == 16 else 2) if cfg.accumulate == "auto" else cfg.accumulate
+
+    monkeypatch.setattr(build, "resolve_accumulate", fit)
+    cfg = OmegaConf.create(compose("train", *progressive, "name=run"))
+    for _ in range(2):  # as after a RollBackError
+        run, _ = prepare(cfg, tmp_path / "run", Session())
+        run.checkpoints.close()
+        assert isinstance(run.step, StagedStepper)
+        assert [stepper.accumulate for stepper in run.step.steppers] == [1, 2, 2, 2]
 
 
 def test_samples_are_shown_as_their_step_sees_them(cli: Cli, progressive: list[str]) -> None:
