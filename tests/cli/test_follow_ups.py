@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli import build
+from effnet_train.cli import plan as plan_of_a_run
 from effnet_train.cli.rank import prepare
 from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_checkpoint
@@ -124,7 +125,10 @@ def test_images_grow_and_a_run_resumes_across_stages(
 def test_the_plan_tells_of_stages_and_memory_settles_micro_batches(
     cli: Cli, progressive: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan_of_a_run, "images_per_s", lambda *_: (0.2, "timed"))
     plan = cli("train", *progressive, "name=plan", "dry_run=true")
+    # Two batches of 20 images, of 16 and 26 pixels in place of 48.
+    assert f"about {40 * ((16 / 48) ** 2 + (26 / 48) ** 2) / 2 / 0.2:.0f} s without" in plan.out
     stages = "16 pixels, dropout 0.1, magnitude 5 from step 0; 26 pixels, dropout 0.133, magnitude 8.33 from step 1;"
     assert (plan.status, stages in plan.out) == (0, True), plan.err + plan.out
     # As a GPU's memory would settle it: more micro-batches for more pixels.
