@@ -63,8 +63,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
     rate, timed = images_per_s(cfg, classes, precision, session, micro)
-    steps = whole_size_steps(stages, plan.total_steps)
-    hours = steps * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
+    hours = whole_size_steps(stages, plan.total_steps) * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),
