@@ -117,11 +117,12 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"output={folder} holds another teacher's scores, or of other images: {told}. Give another output="
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output={folder} is there and not empty: give a folder of its own")
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
-    write_bytes(file, json.dumps(settings, indent=1).encode() + b"\n")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, json.dumps(settings, indent=1).encode() + b"\n")
+    (folder / "scores").mkdir(exist_ok=True)
 
 
 def _summary(manifest: Mapping[str, Any], folder: Path) -> str:

@@ -82,6 +82,11 @@ def test_labelling_goes_on_and_ranks_change_no_bit(
     assert label().status == 0
     assert written(Path("labels")) == whole
     assert Path("labels/scores/000001.npy").stat().st_mtime_ns == kept
+    # The scores can be removed, and are made anew when asked for.
+    shutil.rmtree("labels/scores")
+    assert (done := label()).status == 0, done.err
+    assert written(Path("labels")) == whole
+    kept = Path("labels/scores/000001.npy").stat().st_mtime_ns
     # Another choice among the same scores.
     assert label("per_class=2").status == 0
     assert Path("labels/scores/000001.npy").stat().st_mtime_ns == kept
