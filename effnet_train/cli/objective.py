@@ -1,6 +1,7 @@
 """What a run minimises, from its configuration: the labels' loss, or with it a teacher's, or that of an attack."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +14,20 @@ from effnet_train.data.datasets import Data
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 from effnet_train.engine.adversarial import Adversarial, AdvProp
+from effnet_train.engine.checkpoint import find_checkpoint
 from effnet_train.engine.objectives import Objective, supervised
 from effnet_train.engine.teacher import Distill, Distillation, Teacher, fingerprint
 from effnet_train.models.pretrained import class_names
-from effnet_train.models.published import is_other_of_timm, other_of_timm, timm_preprocess
+from effnet_train.models.published import is_name, is_other_of_timm, other_of_timm, timm_preprocess
 
 
 def check_objective(cfg: DictConfig) -> None:
-    """Check, before anything is built, what `build_objective` will be asked for. Raises ValueError."""
-    chosen = {"distill.teacher=": _distill(cfg).teacher, "advprop.epsilon=": _advprop(cfg).epsilon}
+    """Check, before anything is built, what `build_objective` will be asked for.
+
+    Raises ValueError; FileNotFoundError of a teacher that is not there.
+    """
+    teacher = _distill(cfg).teacher
+    chosen = {"distill.teacher=": teacher, "advprop.epsilon=": _advprop(cfg).epsilon}
     keys = [key for key, value in chosen.items() if value]
     if len(keys) > 1:
         raise ValueError(f"{' and '.join(keys)} are two objectives: choose one")
@@ -34,6 +40,8 @@ def check_objective(cfg: DictConfig) -> None:
             f"model.fused={cfg.model.fused}: the fused kernels have no auxiliary BatchNorm: with advprop.epsilon= set "
             "model.fused=false"
         )
+    if teacher is not None and not is_name(teacher):
+        find_checkpoint(Path(teacher))
 
 
 def build_objective(

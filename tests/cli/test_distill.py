@@ -102,6 +102,15 @@ def test_a_teacher_may_be_any_network_of_timm(
         assert (done.status, message in done.err) == (2, True), done.err
 
 
+def test_a_plan_looks_for_the_teacher_and_for_pseudo_labels(cli: Cli, tiny: list[str]) -> None:
+    for words, message in (
+        (("recipe=distill", "distill.teacher=missing"), "missing"),
+        (("recipe=noisy_student", "pseudo.labels=none"), "let effnet-label output=none come to its end first"),
+    ):
+        done = cli("train", *tiny, *words, "batch_size=8", "dry_run=true")
+        assert (done.status, message in done.err) == (2, True), done.err
+
+
 @pytest.mark.parametrize("name", ["missing", "timm:tf_efficientnet_b99"])
 def test_a_teacher_that_is_not_there_is_named(cli: Cli, tiny: list[str], name: str) -> None:
     done = cli("train", *tiny, "recipe=distill", "batch_size=16", f"distill.teacher={name}")
