@@ -287,6 +287,8 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
 
     `results` are those of the members, and where there are several, at the end that of their average.
     """
+    from effnet_train.engine.adversarial import Attack
+
     members = [
         {
             "checkpoint": part.label,
@@ -297,11 +299,12 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         }
         for part in parts
     ]
-    several = len(parts) > 1
+    several, attack = len(parts) > 1, Attack(**config["attack"])
+    attacked = {**config["attack"], "steps": attack.count} if attack.epsilon else {}
     record = {
         **({key: [member[key] for member in members] for key in members[0]} if several else members[0]),
         **{key: config[key] for key in ("split", "classes", "crops", "flip")},
-        **({"attack": config["attack"]} if config["attack"]["epsilon"] else {}),
+        **({"attack": attacked} if attacked else {}),
         **_last(results).record(),
         **({"members_top1": [results[part.member].top1 for part in parts]} if several else {}),
     }
@@ -311,8 +314,8 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
             f"{part.label} ({part.whose}), {config['split']} at {part.preprocess.resolution} pixels, "
             f"{part.network}{alone}"
         )
-    if config["attack"]["epsilon"]:
-        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in config["attack"].items()))
+    if attacked:
+        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in attacked.items()))
     _print_scores(_last(results), _views(config, len(parts)))
     _write_record(config, parts, record)
 

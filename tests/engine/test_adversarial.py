@@ -6,7 +6,7 @@ from torch import nn
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess, normalize
 from effnet_train.distributed import Session
-from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp, Attack, Attacker
+from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp, Attack, Attacker, pgd
 from effnet_train.engine.evaluate import Member, evaluate_members, unchanged
 from effnet_train.models.auxiliary import add_auxiliary
 from effnet_train.models.efficientnet import EfficientNet
@@ -64,6 +64,28 @@ def test_pgd_is_the_one_written_by_hand(epsilon: float, steps: int, step_size: f
     np.testing.assert_allclose(((found * std + mean) * 255).numpy(), wanted, atol=1e-3)
     assert np.abs(wanted - pixels.permute(0, 3, 1, 2).numpy()).max() > 0.9 * min(epsilon, step_size * steps)
     assert model.weight.grad is None
+
+
+def test_without_a_number_the_steps_are_the_papers() -> None:
+    """Xie et al., section 5.1: epsilon + 1 of size 1, but for epsilon 1 one; so many lead epsilon away."""
+    assert [Attack(epsilon=epsilon).count for epsilon in (0.5, 1, 2, 3, 4)] == [1, 1, 3, 4, 5]
+    assert [Attack(epsilon=8, step_size=size).count for size in (2, 3, 8)] == [5, 4, 1]
+    assert (AdvProp(epsilon=4).count, AdvProp(epsilon=4, steps=None).count, Attack(epsilon=4, steps=2).count) == (
+        1,
+        5,
+        2,
+    )
+    images, black_and_white = torch.full((1, 3, 1, 1), 0.5), (torch.tensor(0.0), torch.tensor(1.0))
+    attack = Attack(epsilon=4)
+    found = pgd(
+        *(images, torch.ones_like),
+        start=torch.zeros(1),
+        epsilon=torch.tensor(4 / 255),
+        step_size=torch.tensor(1 / 255),
+        steps=attack.count,
+        bounds=black_and_white,
+    )
+    torch.testing.assert_close(found, images + 4 / 255)
 
 
 class Unkeyed(Linear):
