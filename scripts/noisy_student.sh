@@ -8,10 +8,13 @@ set -euo pipefail
 teacher=$1 unlabelled=$2 folder=$3 models=$4 per_class=$5 round=0
 shift 5
 mkdir -p "$folder"
+labelled() { # by this teacher, so many of a class: else effnet-label chooses anew, or refuses another teacher
+    grep -qsF "\"teacher\": \"$teacher\"," "$1" && grep -qsF "\"per_class\": $per_class," "$1"
+}
 for model in $models; do
     round=$((round + 1))
     labels=$folder/labels-$round run=round-$round-$model
-    [[ -e $labels/manifest.json ]] ||
+    labelled "$labels/manifest.json" ||
         effnet-label checkpoint="$teacher" data.root="$unlabelled" output="$labels" per_class="$per_class"
     effnet-train recipe=noisy_student model="$model" pseudo.labels="$labels" run_root="$folder" name="$run" "$@"
     teacher=$folder/$run

@@ -166,10 +166,10 @@ def _every(cfg: DictConfig, key: str) -> Every:
         raise ValueError(f"{key}: {error}") from error
 
 
-def check_batch(cfg: DictConfig, ranks: int) -> None:
-    """Check that the global batch can be divided among ranks and micro-batches. Raises ValueError."""
+def check_batch(cfg: DictConfig, ranks: int, accumulate: int | None = None) -> None:
+    """Check that the global batch can be divided among ranks and micro-batches, if known. Raises ValueError."""
     pairs = _mixes(cfg)
-    accumulate = 1 if cfg.accumulate == "auto" else cfg.accumulate
+    accumulate = accumulate or (1 if cfg.accumulate == "auto" else cfg.accumulate)
     parts = ranks * accumulate * (2 if pairs else 1)
     if cfg.batch_size % parts:
         near = max(1, round(cfg.batch_size / parts)) * parts
@@ -182,8 +182,7 @@ def check_batch(cfg: DictConfig, ranks: int) -> None:
     if cfg.batch_size // (ranks * accumulate) * pixels < 2:
         raise ValueError(
             f"batch_size={cfg.batch_size} leaves one image to a micro-batch ({ranks} ranks x accumulate={accumulate}), "
-            f"and BatchNorm needs two at {fewest} pixels: "
-            f"try batch_size={2 * ranks * accumulate}"
+            f"and BatchNorm needs two at {fewest} pixels: try batch_size={2 * ranks * accumulate}"
         )
 
 
@@ -198,12 +197,7 @@ def _mixes(cfg: DictConfig) -> bool:
 
 
 def resolve_accumulate(
-    cfg: DictConfig,
-    ranks: int,
-    device: torch.device,
-    classes: int,
-    precision: str,
-    resolution: int | None = None,
+    cfg: DictConfig, ranks: int, device: torch.device, classes: int, precision: str, resolution: int | None = None
 ) -> int:
     """Return `accumulate`, with `auto` as the fewest micro-batches whose estimated memory fits the GPU; 1 on a CPU.
 

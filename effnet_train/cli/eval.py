@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
 from effnet_train.cli.checkpoint_data import data_config, without_preprocess
-from effnet_train.cli.eval_sweep import check_sweep, report_sweep
+from effnet_train.cli.eval_sweep import check_sweep, is_sweep, report_sweep, sizes_of
 
 if TYPE_CHECKING:  # the commands' help comes without torch
     from torch import nn
@@ -79,7 +79,7 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
                 measure=_measure(config, source, scored, per_class=data.per_class),
             )
 
-        if isinstance(config["resolution"], list):
+        if is_sweep(config, len(parts)):
             found = {size: _last(score([first.at(size)])) for size in config["resolution"]}
             if session.is_main:
                 _write_record(config, [first], report_sweep(config, first, found))
@@ -95,11 +95,15 @@ def evaluate_rank(config: dict[str, Any], device: str) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """A checkpoint asked for: its file, or where published weights are given by name, none; and whose they are."""
+    """A checkpoint asked for: its file, or where published weights are given by name, none; and whose they are.
+
+    `resolution` None is its own.
+    """
 
     label: str
     file: Path | None
     source: str | None
+    resolution: int | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,11 @@ class Part:
     which: str
     preprocess: "Preprocess"
     network: str
+
+    @property
+    def member(self) -> str:
+        """Return what tells it from the other members of an average."""
+        return f"{self.label} at {self.preprocess.resolution} pixels"
 
     @property
     def classes(self) -> list[str]:
@@ -150,11 +159,15 @@ def _asked(config: Config) -> list[Asked]:
     if len(sources) != len(names) or not all(isinstance(source, str | None) for source in sources):
         raise ValueError(f"source={sources} must be one text or null for each of the {len(names)} checkpoints")
     files = [None if is_name(name) else find_checkpoint(Path(name)) for name in names]
-    asked = [Asked(str(file or name), file, source) for name, file, source in zip(names, files, sources, strict=True)]
-    labels = [part.label for part in asked]
-    twice = [label for label in labels if labels.count(label) > 1]
+    parts = zip(names, files, sources, sizes_of(config, len(names)), strict=True)
+    asked = [Asked(str(file or name), file, source, size) for name, file, source, size in parts]
+    places = [(part.label, part.resolution) for part in asked]
+    twice = [label for label, size in places if places.count((label, size)) > 1]
     if twice:
-        raise ValueError(f"checkpoint= names {twice[0]} twice: an average is of different weights")
+        raise ValueError(
+            f"checkpoint= names {twice[0]} twice: an average is of different weights, or of one's at several sizes, as "
+            "checkpoint=[a,a] resolution=[224,288]"
+        )
     return asked
 
 
@@ -196,8 +209,8 @@ def _load(config: Config, asked: Asked, session: "Session", precision: str) -> P
     exported = asked.file is not None and asked.file.suffix == ".safetensors"
     which = meta.get("source") or ("selected" if exported else config["weights"])
     preprocess = Preprocess(**meta["preprocess"])
-    if isinstance(config["resolution"], int):
-        preprocess = preprocess.at(config["resolution"])
+    if asked.resolution is not None:
+        preprocess = preprocess.at(asked.resolution)
     fold = False if config["attack"]["epsilon"] else config["fold"]
     model, network = folded(model, fold, device=session.device, precision=precision)
     return Part(asked.label, asked.file, model, meta, which, preprocess, network)
@@ -231,15 +244,14 @@ def _member(
     from effnet_train.cli import build
     from effnet_train.data.device_batches import check_device
     from effnet_train.data.loader import eval_batches
-    from effnet_train.engine.adversarial import Attack, Attacked
-    from effnet_train.engine.evaluate import Member, OfClasses
+    from effnet_train.engine.adversarial import Attack, Attacker
+    from effnet_train.engine.evaluate import Member, OfClasses, unchanged
 
     check_device(data.backend, session.device, part.preprocess)
     whole = list(scored) == list(range(len(part.classes)))
     model = part.model if whole else OfClasses(part.model, scored, session.device)
     attack = Attack(**config["attack"])
-    if attack.epsilon:
-        model = Attacked(model, attack, part.preprocess, session.device)
+    attacker = Attacker(attack, part.preprocess, session.device) if attack.epsilon else unchanged
     workers = build.resolve_workers(config["workers"], session.device)
     if config["workers"] == "auto":  # the members decode side by side
         workers = max(1, workers // len(_listed(config["checkpoint"])))
@@ -253,7 +265,7 @@ def _member(
         device=session.device,
         crops=config["crops"],
     )
-    return Member({part.label: model}, batches, part.preprocess)
+    return Member({part.member: model}, batches, part.preprocess, attacker)
 
 
 def _measure(config: Config, source: "Source", scored: Sequence[int], *, per_class: bool) -> "Measure":
@@ -275,6 +287,8 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
 
     `results` are those of the members, and where there are several, at the end that of their average.
     """
+    from effnet_train.engine.adversarial import Attack
+
     members = [
         {
             "checkpoint": part.label,
@@ -285,22 +299,23 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         }
         for part in parts
     ]
-    several = len(parts) > 1
+    several, attack = len(parts) > 1, Attack(**config["attack"])
+    attacked = {**config["attack"], "steps": attack.count} if attack.epsilon else {}
     record = {
         **({key: [member[key] for member in members] for key in members[0]} if several else members[0]),
         **{key: config[key] for key in ("split", "classes", "crops", "flip")},
-        **({"attack": config["attack"]} if config["attack"]["epsilon"] else {}),
+        **({"attack": attacked} if attacked else {}),
         **_last(results).record(),
-        **({"members_top1": [results[part.label].top1 for part in parts]} if several else {}),
+        **({"members_top1": [results[part.member].top1 for part in parts]} if several else {}),
     }
     for part in parts:
-        alone = f": top-1 {results[part.label].top1:.2%}" if several else ""
+        alone = f": top-1 {results[part.member].top1:.2%}" if several else ""
         print(
             f"{part.label} ({part.whose}), {config['split']} at {part.preprocess.resolution} pixels, "
             f"{part.network}{alone}"
         )
-    if config["attack"]["epsilon"]:
-        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in config["attack"].items()))
+    if attacked:
+        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in attacked.items()))
     _print_scores(_last(results), _views(config, len(parts)))
     _write_record(config, parts, record)
 

@@ -11,17 +11,34 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg", ".pdf")
 
 
+def is_sweep(config: Mapping[str, Any], checkpoints: int) -> bool:
+    """Say whether one checkpoint is to be scored at several sizes, each in turn."""
+    return isinstance(config["resolution"], list) and checkpoints == 1
+
+
+def sizes_of(config: Mapping[str, Any], checkpoints: int) -> list[int | None]:
+    """Return the size asked for of each checkpoint; None: its own. Raises ValueError."""
+    size = config["resolution"]
+    if not isinstance(size, list):
+        return [size] * checkpoints
+    if is_sweep(config, checkpoints):
+        return [None]
+    if len(size) != checkpoints or min(size) < 1:
+        raise ValueError(f"resolution={size} must be a size in pixels for each of the {checkpoints} checkpoints")
+    return size
+
+
 def check_sweep(config: Mapping[str, Any], checkpoints: int) -> None:
     """Check what is asked for together with a list of resolutions, or only with one. Raises ValueError."""
     sizes, picture = config["resolution"], config["picture"]
-    if not isinstance(sizes, list):
+    if not is_sweep(config, checkpoints):
         if picture is not None:
-            raise ValueError(f"picture={picture} is of scores at several sizes: give resolution=[224,256,288]")
+            raise ValueError(
+                f"picture={picture} is of one checkpoint's scores at several sizes: give resolution=[224,256,288]"
+            )
         return
     if not sizes or len(set(sizes)) < len(sizes) or min(sizes) < 1:
         raise ValueError(f"resolution={sizes} must be different sizes in pixels, as [224,256,288]")
-    if checkpoints > 1:
-        raise ValueError(f"resolution={sizes} finds the best size of one checkpoint: give one, not {checkpoints}")
     if config["details"] is not None:
         raise ValueError(f"details={config['details']} are of one resolution=: give the one that the list finds best")
     if picture is not None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from effnet_train.data.sources import Source
 
 SETTINGS = "settings.json"
+_PATIENCE_S = 12 * 3600.0  # of ranks that have scored their pieces, for the others and for rank 0's choice among all
 
 
 def task(cfg: DictConfig) -> None:
@@ -43,11 +45,11 @@ def label_rank(config: dict[str, Any], device: str) -> None:
     from effnet_train.data.device_batches import check_device
     from effnet_train.data.preprocess import Preprocess
     from effnet_train.distributed import open_session
-    from effnet_train.engine.label import choose, score_pieces
+    from effnet_train.engine.label import choose, probabilities, score_pieces
     from effnet_train.engine.teacher import fingerprint
 
     folder, size = Path(config["output"]), config["batch_size"]
-    with open_session(device) as session:
+    with open_session(device, _PATIENCE_S) as session:
         precision = build.resolve_precision(config["precision"], session.device)
         build.set_arithmetic(precision, True, session.device)
         model, meta = build.load_model(config["checkpoint"], session, which=config["weights"], source=config["source"])
@@ -72,8 +74,9 @@ def label_rank(config: dict[str, Any], device: str) -> None:
             if session.is_main:
                 _claim(folder, about)
         workers = build.resolve_workers(config["workers"], session.device)
-        how = {"size": piece, "batch_size": size, "precision": precision, "workers": workers, "session": session}
-        score_pieces(model, source, data, folder, **how)
+        score = partial(probabilities, model, data=data, precision=precision, device=session.device)
+        how = {"size": piece, "batch_size": size, "workers": workers, "session": session}
+        score_pieces(score, source, data, folder, **how)
         session.barrier()
         if session.is_main:
             options = {"threshold": config["confidence"], "per_class": config["per_class"], "seed": config["seed"]}
@@ -114,11 +117,12 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"output={folder} holds another teacher's scores, or of other images: {told}. Give another output="
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output={folder} is there and not empty: give a folder of its own")
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
-    write_bytes(file, json.dumps(settings, indent=1).encode() + b"\n")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, json.dumps(settings, indent=1).encode() + b"\n")
+    (folder / "scores").mkdir(exist_ok=True)
 
 
 def _summary(manifest: Mapping[str, Any], folder: Path) -> str:

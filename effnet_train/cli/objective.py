@@ -1,8 +1,10 @@
 """What a run minimises, from its configuration: the labels' loss, or with it a teacher's, or that of an attack."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -12,13 +14,20 @@ from effnet_train.data.datasets import Data
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 from effnet_train.engine.adversarial import Adversarial, AdvProp
+from effnet_train.engine.checkpoint import find_checkpoint
 from effnet_train.engine.objectives import Objective, supervised
 from effnet_train.engine.teacher import Distill, Distillation, Teacher, fingerprint
+from effnet_train.models.pretrained import class_names
+from effnet_train.models.published import is_name, is_other_of_timm, other_of_timm, timm_preprocess
 
 
 def check_objective(cfg: DictConfig) -> None:
-    """Check, before anything is built, what `build_objective` will be asked for. Raises ValueError."""
-    chosen = {"distill.teacher=": _distill(cfg).teacher, "advprop.epsilon=": _advprop(cfg).epsilon}
+    """Check, before anything is built, what `build_objective` will be asked for.
+
+    Raises ValueError; FileNotFoundError of a teacher that is not there.
+    """
+    teacher = _distill(cfg).teacher
+    chosen = {"distill.teacher=": teacher, "advprop.epsilon=": _advprop(cfg).epsilon}
     keys = [key for key, value in chosen.items() if value]
     if len(keys) > 1:
         raise ValueError(f"{' and '.join(keys)} are two objectives: choose one")
@@ -31,6 +40,8 @@ def check_objective(cfg: DictConfig) -> None:
             f"model.fused={cfg.model.fused}: the fused kernels have no auxiliary BatchNorm: with advprop.epsilon= set "
             "model.fused=false"
         )
+    if teacher is not None and not is_name(teacher):
+        find_checkpoint(Path(teacher))
 
 
 def build_objective(
@@ -47,9 +58,10 @@ def build_objective(
     if distill.teacher is None:
         return supervised, {}
     name = f"distill.teacher={distill.teacher}"
-    network, meta = build.load_model(distill.teacher, session, which=distill.weights, source=distill.source)
+    network, own, known_classes = _teacher(distill, session)
     try:
-        classes = match_classes(data.classes, meta["classes"], distill.classes)
+        # Of those that are the data set's: `index` has the others behind them.
+        classes = match_classes(data.classes, known_classes, distill.classes)[: len(data.classes)]
     except ValueError as error:
         raise ValueError(f"{name}: {error} (the key is distill.classes)") from error
     known = {"distill": {"teacher": distill.teacher, "sha256": fingerprint(network)}}
@@ -59,11 +71,25 @@ def build_objective(
             f"{name} holds other weights than those that this run began with: give them back, or begin another run "
             "(name=...)"
         )
-    own = Preprocess(**meta["preprocess"])
     size = distill.resolution if isinstance(distill.resolution, int) else None
     size = own.resolution if distill.resolution == "teacher" else size
     teacher = Teacher(network, own=own, student=data.preprocess, resolution=size, classes=classes)
     return Distillation(teacher, distill.temperature, distill.weight), known
+
+
+def _teacher(distill: Distill, session: Session) -> tuple[nn.Module, Preprocess, list[str]]:
+    """Return a teacher's network, with the preprocessing and the classes that it was trained with."""
+    name = distill.teacher
+    assert name is not None
+    if not is_other_of_timm(name):
+        network, meta = build.load_model(name, session, which=distill.weights, source=distill.source)
+        return network, Preprocess(**meta["preprocess"]), list(meta["classes"])
+    if distill.source is not None:
+        raise ValueError(f"distill.source={distill.source}: {name} says itself what it is; leave it away")
+    with session.main_first():
+        network, cfg = other_of_timm(name)
+    network = network.to(session.device).to(memory_format=torch.channels_last)
+    return network, Preprocess(**timm_preprocess(cfg)), class_names(cfg["num_classes"])
 
 
 def _advprop(cfg: DictConfig) -> AdvProp:

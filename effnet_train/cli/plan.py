@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import complexity, training_memory
 from effnet_train.cli import build, run_folder
-from effnet_train.cli.stages import build_stages, describe_stages
+from effnet_train.cli.stages import build_stages, describe_stages, whole_size_steps
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session, resolve_ranks
@@ -63,7 +63,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     scarce = "" if memory < _memory(session.device) else "; MORE THAN THERE IS HERE: raise accumulate="
     too_large = f"; WARNING: {text}" if (text := build.check_size(cfg.batch_size, images)) else ""
     rate, timed = images_per_s(cfg, classes, precision, session, micro)
-    hours = plan.total_steps * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
+    hours = whole_size_steps(stages, plan.total_steps) * plan.batch_size * build.views(cfg) / (rate * ranks) / 3600
     rows = [
         ("folder", f"{folder} ({_would_be(folder, cfg)})"),
         ("model", f"{cfg.model._target_.rpartition('.')[2]} at {size} pixels, {classes:,} classes"),

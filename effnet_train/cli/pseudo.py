@@ -43,6 +43,16 @@ def pseudo_of(cfg: DictConfig) -> Pseudo:
     return Pseudo(**values)
 
 
+def check_pseudo(cfg: DictConfig) -> None:
+    """Check, before anything is built, that there are the pseudo-labels asked for.
+
+    Raises ValueError, FileNotFoundError.
+    """
+    labels = pseudo_of(cfg).labels
+    if labels is not None:
+        read_manifest(Path(labels))
+
+
 def build_reading(cfg: DictConfig, data: Data, session: Session, former: Mapping[str, Any] | None) -> Reading:
     """Return what the steps read; `former` are the metadata of a run that goes on.
 

@@ -77,8 +77,7 @@ def prepare(
     plan = _plan(cfg, data, session)
     stages = build_stages(cfg, len(data.train))
     pieces = micro_batches(cfg, stages, len(data.classes), precision, session)
-    cfg.accumulate = pieces[-1]
-    build.check_batch(cfg, session.world_size)
+    build.check_batch(cfg, session.world_size, pieces[-1])
     state, network = _state(cfg, data, precision, session, start=former is None)
     objective, taught = build_objective(cfg, state.model, data, session, known)
     parts = {"network": network, "objective": objective, "loss": loss, "mixing": mixing, "targets": reading.targets}
@@ -116,13 +115,12 @@ def prepare(
 def _stepper(
     cfg: DictConfig, state: TrainState, built: Mapping[str, Any], data: Data, precision: str, session: Session
 ) -> Stepper:
-    """Return the step; as CUDA graphs, where that is asked for. Raises ValueError where it cannot be."""
+    """Return the step, in one piece; as CUDA graphs, where that is asked for. Raises ValueError where it cannot be."""
     parts: dict[str, Any] = {
         **built,
         "preprocess": data.preprocess,
         "num_classes": len(data.classes),
         "precision": precision,
-        "accumulate": cfg.accumulate,
         "clip_norm": cfg.clip_norm,
         "skip_bad": cfg.on_nan == "skip",
         "session": session,

@@ -55,7 +55,8 @@ def cook(config: Config) -> tuple["nn.Module", dict[str, Any]]:
     _check_alike(names, members)
     meta = dict(members[0].meta)
     model = build.build_model(meta["model"], len(meta["classes"]))
-    build.load_into(model, members[0], names[0])
+    for name, member in zip(names, members, strict=True):
+        build.load_into(model, member, name)  # each is looked at, the last stays
     model = build.place(model, session.device).eval()
     data = _data(config, names[0], meta, session) if config["soup"] == "greedy" or config["batch_norm"] else None
 

@@ -38,6 +38,13 @@ def micro_batches(
     return [fit(stage.strength.resolution) for stage in stages]
 
 
+def whole_size_steps(stages: Sequence[Stage], total_steps: int) -> float:
+    """Return how many steps at the last stage's pixels take as long as the first `total_steps`, by their pixels."""
+    last = stages[-1].strength.resolution
+    steps = [max(0, min(stage.stop, total_steps) - stage.start) for stage in stages]
+    return sum(n * (stage.strength.resolution / last) ** 2 for n, stage in zip(steps, stages, strict=True))
+
+
 def describe_stages(stages: Sequence[Stage]) -> str:
     """Word what changes from stage to stage."""
     parts = []

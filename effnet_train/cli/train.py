@@ -32,7 +32,7 @@ def task(cfg: DictConfig) -> None:
 
     build.check_start(cfg)
     objective.check_objective(cfg)
-    pseudo.pseudo_of(cfg)
+    pseudo.check_pseudo(cfg)
     _check_cluster()
     signals = [signal.Signals[name] for name in cfg.stop_signals]
     folder = run_folder.run_folder(cfg)

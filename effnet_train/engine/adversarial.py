@@ -1,5 +1,6 @@
 """AdvProp: each image also as one that the network has been made to mistake, under BatchNorms of their own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -21,29 +22,38 @@ class Attack:
     """How images are attacked, if `epsilon` is above 0: the PGD attacker in the maximum norm. Raises ValueError.
 
     `epsilon` is the most that a pixel may change and `step_size` what one of the `steps` changes it by, both in levels
-    of 255.
+    of 255. Without `steps` there are as many as in the paper: one, or where that falls short of `epsilon`, one more
+    than lead there.
     """
 
     key: ClassVar[str] = "attack"
     epsilon: float = 0.0
-    steps: int = 1
+    steps: int | None = None
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
         if self.epsilon < 0:
             raise ValueError(f"{self.key}.epsilon={self.epsilon} must be 0, for no attack, or positive: levels of 255")
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(
                 f"{self.key}.steps={self.steps} must be at least 1; for no attack set {self.key}.epsilon=0"
             )
         if not self.step_size > 0:
             raise ValueError(f"{self.key}.step_size={self.step_size} must be more than 0: levels of 255")
-        idle = [one for one in fields(self) if one.name != "epsilon" and getattr(self, one.name) != one.default]
+        others = [one for one in fields(self) if one.name != "epsilon"]
+        idle = [one for one in others if getattr(self, one.name) not in (None, one.default)]
         if not self.epsilon and idle:
             raise ValueError(
                 f"{self.key}.{idle[0].name}={getattr(self, idle[0].name)} has no effect without {self.key}.epsilon=, "
                 "say 1"
             )
+
+    @property
+    def count(self) -> int:
+        """Return how many steps there are."""
+        if self.steps is not None:
+            return self.steps
+        return 1 if self.epsilon <= self.step_size else math.ceil(self.epsilon / self.step_size) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,7 @@ class AdvProp(Attack):
     """How training images are attacked; with `random_start` from a random place within `epsilon` of them."""
 
     key: ClassVar[str] = "advprop"
+    steps: int | None = 1
     random_start: bool = True
 
 
@@ -116,42 +127,38 @@ class Adversarial:
                 start=start,
                 epsilon=epsilon,
                 step_size=self.attack.step_size * self.level,
-                steps=self.attack.steps,
+                steps=self.attack.count,
                 bounds=self.bounds,
             ).detach()
 
 
-class Attacked(nn.Module):
-    """A network in evaluation mode that sees each image attacked: away from the class that it takes the image for.
+class Attacker:
+    """Leads images away from their labels, for a network in evaluation mode, without a random start.
 
-    No label is needed, and what it gets right is attacked as it would be by the label.
+    By the label and not by the class that the network takes an image for: away from a wrong one, it might become right.
     """
 
-    def __init__(self, model: nn.Module, attack: Attack, preprocess: Preprocess, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.attack = model, attack
+    def __init__(self, attack: Attack, preprocess: Preprocess, device: torch.device) -> None:
+        self.attack = attack
         self.level, self.bounds = _inputs(preprocess, device)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) to the logits of what an attacker who knows the network makes of them."""
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) as an attacker who knows `model` and `labels` (N,) makes them."""
         with torch.inference_mode(False):
-            images = images.clone()  # such as gradients may be taken by
-            with torch.no_grad():
-                taken = self.model(images).argmax(dim=1)
+            images, labels = images.clone(), labels.clone()  # such as gradients may be taken by
 
             def gradient(inputs: Tensor) -> Tensor:
-                return _gradient(lambda x: F.cross_entropy(self.model(x).float(), taken, reduction="sum"), inputs)
+                return _gradient(lambda x: F.cross_entropy(model(x).float(), labels, reduction="sum"), inputs)
 
-            attacked = pgd(
+            return pgd(
                 images,
                 gradient,
                 start=torch.zeros_like(images),
                 epsilon=self.attack.epsilon * self.level,
                 step_size=self.attack.step_size * self.level,
-                steps=self.attack.steps,
+                steps=self.attack.count,
                 bounds=self.bounds,
             )
-        return self.model(attacked)
 
 
 def _inputs(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:

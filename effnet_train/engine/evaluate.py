@@ -16,13 +16,22 @@ from effnet_train.engine.scores import TRAINING, Measure, Metrics, Sums, average
 ENSEMBLE = "ensemble"
 
 
+def unchanged(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the images as they are: no attack."""
+    return images
+
+
 @dataclass(frozen=True)
 class Member:
-    """Models that see the same pixels: `batches` are this rank's share of the images, in the `preprocess` given."""
+    """Models that see the same pixels: `batches` are this rank's share of the images, in the `preprocess` given.
+
+    What each model is given of them is what `attack` makes of model, inputs and labels.
+    """
 
     models: Mapping[str, nn.Module]
     batches: Iterable[Batch]
     preprocess: Preprocess
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] = unchanged
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -113,7 +122,7 @@ def evaluate_members(
             counts += torch.tensor([len(first.labels), len(first.errors)]).to(device, non_blocking=True)
             scores: dict[str, Tensor] = {}
             for member, batch in zip(members, parts, strict=True) if len(first.labels) else ():
-                scores |= _scores(member, batch, flip=flip, precision=precision, device=device)
+                scores |= _scores(member, batch.images, labels, flip=flip, precision=precision)
             if several and scores:
                 scores[ENSEMBLE] = average(torch.stack(list(scores.values())))
             for name, logits in scores.items():
@@ -141,17 +150,17 @@ def _the_same_images(parts: Sequence[Batch]) -> Batch:
     return first
 
 
-def _scores(member: Member, batch: Batch, *, flip: bool, precision: str, device: torch.device) -> dict[str, Tensor]:
+def _scores(member: Member, pixels: Tensor, labels: Tensor, *, flip: bool, precision: str) -> dict[str, Tensor]:
     """Return each model's scores (N, K) of a batch: logits, or where there are several views their average."""
-    pixels = batch.images.to(device, non_blocking=True)
+    pixels = pixels.to(labels.device, non_blocking=True)
     views: dict[str, list[Tensor]] = {name: [] for name in member.models}
     # A view at a time: what the networks need of the memory is that of one.
     for view in pixels.unbind(1) if pixels.ndim == 5 else (pixels,):
         inputs = normalize(view, member.preprocess.mean, member.preprocess.std)
         for images in (inputs, inputs.flip(-1)) if flip else (inputs,):
             for name, model in member.models.items():
-                with autocast(device, precision):
-                    logits = model(images)
+                with autocast(labels.device, precision):
+                    logits = model(member.attack(model, images, labels))
                 views[name].append(logits.float())
     return {name: average(torch.stack(logits)) for name, logits in views.items()}
 

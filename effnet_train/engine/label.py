@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -37,20 +37,20 @@ def piece_path(folder: Path, number: int) -> Path:
 
 
 def score_pieces(
-    model: nn.Module,
+    score: Callable[[Batch], np.ndarray],
     source: Source,
     data: Data,
     folder: Path,
     *,
     size: int,
     batch_size: int,
-    precision: str,
     workers: int,
     session: Session,
 ) -> int:
     """Write the probabilities of all pieces that are not there yet; return how many of them this rank wrote.
 
-    A batch never spans two pieces: neither ranks nor interruptions change a bit. `data` says how pixels are made.
+    `score` gives those of a batch, (N, classes) float16; `data` says how its pixels are made. No batch spans two
+    pieces: neither ranks nor interruptions change a bit.
     """
     assert size % batch_size == 0
     found = pieces(len(source), size)
@@ -66,7 +66,7 @@ def score_pieces(
         while sum(map(len, rows)) < len(found[number]):
             batch = next(batches)
             count = min(batch_size, len(indices) - start)
-            shares = probabilities(model, batch, data, precision=precision, device=session.device)
+            shares = score(batch)
             rows.append(np.zeros((count, shares.shape[1]), dtype=np.float16))
             rows[-1][batch.keys.numpy() - start] = shares
             start += count
@@ -92,9 +92,10 @@ def choose(
     `about` is what the manifest says besides; its `classes` are the teacher's. Raises ValueError where none is left.
     """
     (folder / MANIFEST).unlink(missing_ok=True)  # what it tells of is about to change
-    parts = [np.load(path, mmap_mode="r") for path in sorted((folder / _PIECES).glob("*.npy"))]
-    labels = np.concatenate([part.argmax(axis=1) for part in parts])
-    confidences = np.concatenate([part.max(axis=1) for part in parts]).astype(np.float32)
+    # One open at a time: of more images than fit the memory there are more pieces than files may be open.
+    paths = sorted((folder / _PIECES).glob("*.npy"))
+    likeliest = [(part.argmax(axis=1), part.max(axis=1).astype(np.float32)) for part in map(np.load, paths)]
+    labels, confidences = map(np.concatenate, zip(*likeliest, strict=True))
     assert len(labels) == len(source)
     images = select(labels, confidences, threshold=threshold, per_class=per_class, seed=seed)
     if not len(images):
@@ -105,9 +106,11 @@ def choose(
     unique, rows, times = np.unique(images, return_inverse=True, return_counts=True)
     chosen = np.stack([images, labels[images], rows.reshape(-1)], axis=1).astype(np.int64)
     write_atomically(folder / CHOSEN, partial(np.save, arr=chosen))
-    write_atomically(folder / SOFT, lambda file: _write_rows(file, parts, unique))
+    write_atomically(folder / SOFT, lambda file: _write_rows(file, paths, unique))
     counts = np.bincount(labels[images], minlength=len(about["classes"]))
-    write_bytes(folder / "labels.csv", _table(source, about["classes"], unique, labels, confidences, times))
+    names = (about["classes"][label] for label in labels[unique])
+    rows_of_table = zip(map(source.name, unique.tolist()), names, confidences[unique], times, strict=True)
+    write_atomically(folder / "labels.csv", lambda file: _write_table(file, rows_of_table))
     manifest = {
         **about,
         "confidence": threshold,
@@ -124,30 +127,24 @@ def choose(
     return manifest
 
 
-def _write_rows(file: IO[bytes], parts: Sequence[np.ndarray], images: np.ndarray) -> None:
+def _write_rows(file: IO[bytes], paths: Sequence[Path], images: np.ndarray) -> None:
     """Write the rows of these images, which are in order, as one array, holding a piece in memory at a time."""
-    shape = (len(images), parts[0].shape[1])
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    starts = np.cumsum([0, *map(len, parts)])
-    for start, part in zip(starts, parts, strict=False):
-        here = images[(images >= start) & (images < start + len(part))] - start
-        file.write(np.ascontiguousarray(part[here]).tobytes())
+    start = 0
+    for part in map(np.load, paths):
+        if not start:
+            shape = (len(images), part.shape[1])
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        first, last = np.searchsorted(images, (start, start + len(part)))
+        file.write(part[images[first:last] - start].tobytes())
+        start += len(part)
 
 
-def _table(
-    source: Source,
-    classes: Sequence[str],
-    images: np.ndarray,
-    labels: np.ndarray,
-    confidences: np.ndarray,
-    times: np.ndarray,
-) -> bytes:
-    text = io.StringIO()
+def _write_table(file: IO[bytes], rows: Iterable[tuple[str, str, float, int]]) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "class", "confidence", "times"])
-    for image, count in zip(images.tolist(), times.tolist(), strict=True):
-        writer.writerow([source.name(image), classes[labels[image]], f"{confidences[image]:.4f}", count])
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
+    writer.writerows((name, kind, f"{confidence:.4f}", times) for name, kind, confidence, times in rows)
+    text.detach()
 
 
 def _digest(files: Sequence[Path]) -> str:

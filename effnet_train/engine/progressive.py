@@ -86,6 +86,8 @@ class Progressive:
             )
         if self.stages == "linear" and self.resolution is None:
             raise ValueError("progressive.stages=linear follows progressive.resolution=, which is null: give it")
+        if self.stages != "linear" and self.multiple != Progressive.multiple:
+            raise ValueError(f"progressive.multiple={self.multiple} has no effect without progressive.stages=linear")
         limits = {"resolution": (1, math.inf), "multiple": (1, math.inf), "dropout": (0, math.nextafter(1, 0))}
         for name in ("resolution", "dropout", "magnitude", "mixup_alpha", "multiple"):
             value, (least, most) = getattr(self, name), limits.get(name, (0, math.inf))

@@ -154,10 +154,7 @@ def fetch(name: str) -> Path:
     if kind == "torchvision":
         return _download(name, torchvision_entry(rest)[2].url)
     if kind == "timm":
-        cfg = timm_cfg(rest)
-        if not cfg["hf_hub_id"]:
-            return _download(name, cfg["url"])
-        return _from_hub(name, cfg["hf_hub_id"], "model.safetensors", None)
+        return _timm_file(name, timm_cfg(rest))
     repository, _, revision = rest.partition("@")
     if repository.count("/") != 1:
         raise ValueError(f"{name} names no repository: give hub:owner/name")
@@ -169,6 +166,35 @@ def fetch(name: str) -> Path:
         with suppress(AbsentError):
             _from_hub(name, repository, "config.json", revision or None)  # which then lies beside the weights
     return file
+
+
+def _timm_file(name: str, cfg: Mapping[str, Any]) -> Path:
+    if not cfg["hf_hub_id"]:
+        return _download(name, cfg["url"])
+    return _from_hub(name, cfg["hf_hub_id"], "model.safetensors", None)
+
+
+def is_other_of_timm(name: str) -> bool:
+    """Say whether a name is of timm's, and not of an architecture that is ours too."""
+    kind, _, rest = name.partition(":")
+    return kind == "timm" and not ARCHITECTURE.fullmatch(rest.partition(".")[0])
+
+
+def other_of_timm(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return any of timm's networks, `timm:NAME`, with its published weights, and timm's description of them.
+
+    Raises ValueError for an unknown name, FileNotFoundError where the weights cannot be fetched.
+    """
+    import timm
+
+    choices, rest = timm.list_pretrained(), name.removeprefix("timm:")
+    if rest not in choices and rest not in {choice.partition(".")[0] for choice in choices}:
+        raise ValueError(f"{name} is not known: {_closest(rest, choices)}")
+    described = timm.get_pretrained_cfg(rest)
+    assert described is not None
+    cfg = described.to_dict()
+    weights = {"file": str(_timm_file(name, cfg))}
+    return timm.create_model(rest, pretrained=True, pretrained_cfg_overlay=weights), cfg
 
 
 def _says_all(file: Path) -> bool:

@@ -48,6 +48,11 @@ def test_accuracy_under_attack(cli: Cli, trained: Path, tmp_path: Path) -> None:
     assert "attack" not in scores[0]
     assert scores[2]["attack"] == {"epsilon": 32, "steps": 10, "step_size": 4}
     assert "  attacked  epsilon 32, steps 10, step_size 4" in done.out
+    done = cli("eval", *words, "attack.epsilon=3")
+    assert "  attacked  epsilon 3, steps 4, step_size 1" in done.out
+    assert json.loads(done.out.splitlines()[-1])["attack"]["steps"] == 4
+    done = cli("eval", *words, "attack={epsilon: 32, steps: 10, step_size: 4}", "precision=bf16")
+    assert json.loads(done.out.splitlines()[-1])["loss"] == pytest.approx(scores[2]["loss"], rel=0.2), done.err
     for refused, why in (("fold=true", "fold=true, which has no gradients"), ("attack.eps=1", "did you mean attack.")):
         done = cli("eval", *words, "attack.epsilon=1", refused)
         assert (done.status, why in done.err) == (2, True), done.err

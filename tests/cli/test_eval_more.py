@@ -163,6 +163,22 @@ def test_the_average_of_one_checkpoint_twice_is_itself(cli: Cli, run: Path, tmp_
     assert two["ece"] == pytest.approx(one["ece"], abs=1e-5)
 
 
+def test_one_checkpoint_at_several_sizes_is_an_ensemble(cli: Cli, run: Path, few_digits: Path) -> None:
+    sizes = (24, 32, 40)
+    words = (f"checkpoint=[{','.join([str(run)] * 3)}]", f"resolution=[{','.join(map(str, sizes))}]")
+    done = cli("eval", *words, "output=self.json", *ONE)
+    record = scored(done)
+    images, labels = images_of(few_digits / "val")
+    pixels = [[tv.resize(i, [size, size], InterpolationMode.BICUBIC) for i in images] for size in sizes]
+    alone = [softmax(logits_of(run / "best.pt", view)) for view in pixels]
+    assert_scores(record, np.mean(alone, axis=0), labels)
+    assert record["members_top1"] == [(shares.argmax(1) == labels).mean() for shares in alone]
+    assert len(set(record["members_top1"])) > 1
+    assert (record["checkpoint"], record["resolution"]) == ([str(run / "best.pt")] * 3, list(sizes))
+    for size, top1 in zip(sizes, record["members_top1"], strict=True):
+        assert f"val at {size} pixels, {record['network'][0]}: top-1 {top1:.2%}" in done.out
+
+
 def test_details_of_every_class(cli: Cli, run: Path, few_digits: Path) -> None:
     done = cli("eval", f"checkpoint={run}", "details=details", *ONE)
     record = scored(done)
@@ -265,7 +281,7 @@ def test_reassessed_labels(cli: Cli, run: Path, few_digits: Path, tmp_path: Path
         ("checkpoint=[run,none.pt]", "checkpoint=none.pt does not exist"),
         ("checkpoint=[]", "checkpoint=[] must be a file, a folder or a name, or several of them as [a,b]"),
         ("checkpoint=[run,3]", "checkpoint=['run', 3] must be a file, a folder or a name"),
-        ("checkpoint=[run,run/best.pt]", "checkpoint= names run/best.pt twice: an average is of different weights"),
+        ("checkpoint=[run,run/best.pt]", "checkpoint= names run/best.pt twice: an average is of different weights, or"),
         ("checkpoint=[run,run/step_000000030.pt] source=[null]", "must be one text or null for each of the 2"),
         ("checkpoint=run crops=10", "crops=10 must be 1 or 5"),
         ("checkpoint=run classes=some", "classes='some' must be same or any or subset or index"),

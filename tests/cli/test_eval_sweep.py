@@ -62,7 +62,7 @@ def test_the_best_is_the_smallest_of_the_highest() -> None:
         (("resolution=[32,32]",), r"resolution=[32, 32] must be different sizes in pixels, as [224,256,288]"),
         (("resolution=[0,32]",), r"resolution=[0, 32] must be different sizes"),
         (("resolution=[32,x]",), "must be a whole number or a list of whole numbers or null"),
-        (("picture=a.png",), "picture=a.png is of scores at several sizes: give resolution=[224,256,288]"),
+        (("picture=a.png",), "picture=a.png is of one checkpoint's scores at several sizes: give resolution="),
         (("resolution=[32]", "picture=a.gif"), "picture=a.gif must end in .png, .svg or .pdf"),
         (("resolution=[32]", "picture=no/a.png"), "picture=no/a.png: its folder does not exist"),
         (("resolution=[32]", "details=x"), "details=x are of one resolution="),
@@ -73,6 +73,16 @@ def test_what_makes_no_sense_is_told(cli: Cli, run: Path, words: tuple[str, ...]
     assert (done.status, message in done.err) == (2, True), done.err
 
 
-def test_a_sweep_is_of_one_checkpoint(cli: Cli, run: Path) -> None:
-    done = cli("eval", f"checkpoint=[{run}/best.pt,{run}/step_000000030.pt]", "resolution=[32,48]", *ONE)
-    assert (done.status, "finds the best size of one checkpoint: give one, not 2" in done.err) == (2, True), done.err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("resolution=[32,48,64]",), "resolution=[32, 48, 64] must be a size in pixels for each of the 2 checkpoints"),
+        (("resolution=[32]",), "resolution=[32] must be a size in pixels for each of the 2 checkpoints"),
+        (("resolution=[0,32]",), "resolution=[0, 32] must be a size in pixels for each"),
+        (("resolution=[32,32]",), "best.pt twice: an average is of different weights, or of one's at several sizes"),
+        (("resolution=[32,48]", "picture=a.png"), "picture=a.png is of one checkpoint's scores at several sizes"),
+    ],
+)
+def test_of_several_checkpoints_each_has_its_size(cli: Cli, run: Path, words: tuple[str, ...], message: str) -> None:
+    done = cli("eval", f"checkpoint=[{run},{run}/best.pt]", *words, *ONE)
+    assert (done.status, message in done.err) == (2, True), done.err

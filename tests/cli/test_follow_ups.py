@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli import build
+from effnet_train.cli import plan as plan_of_a_run
+from effnet_train.cli.rank import prepare
+from effnet_train.distributed import Session
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.engine.progressive import StagedStepper
 from effnet_train.engine.train import Stepper
 
 Cli = Callable[..., Any]
@@ -120,7 +125,10 @@ def test_images_grow_and_a_run_resumes_across_stages(
 def test_the_plan_tells_of_stages_and_memory_settles_micro_batches(
     cli: Cli, progressive: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan_of_a_run, "images_per_s", lambda *_: (0.2, "timed"))
     plan = cli("train", *progressive, "name=plan", "dry_run=true")
+    # Two batches of 20 images, of 16 and 26 pixels in place of 48.
+    assert f"about {40 * ((16 / 48) ** 2 + (26 / 48) ** 2) / 2 / 0.2:.0f} s without" in plan.out
     stages = "16 pixels, dropout 0.1, magnitude 5 from step 0; 26 pixels, dropout 0.133, magnitude 8.33 from step 1;"
     assert (plan.status, stages in plan.out) == (0, True), plan.err + plan.out
     # As a GPU's memory would settle it: more micro-batches for more pixels.
@@ -128,6 +136,21 @@ def test_the_plan_tells_of_stages_and_memory_settles_micro_batches(
     seen = sizes_seen(monkeypatch)
     assert (done := cli("train", *progressive, "name=run")).status == 0, done.err
     assert [count for *_, count in seen] == [1, 2]
+
+
+def test_a_run_that_goes_back_has_the_same_micro_batches(
+    compose: Callable[..., dict[str, Any]], progressive: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fit(cfg: DictConfig, *rest: Any) -> int:
+        return (1 if rest[-1] == 16 else 2) if cfg.accumulate == "auto" else cfg.accumulate
+
+    monkeypatch.setattr(build, "resolve_accumulate", fit)
+    cfg = OmegaConf.create(compose("train", *progressive, "name=run"))
+    for _ in range(2):  # as after a RollBackError
+        run, _ = prepare(cfg, tmp_path / "run", Session())
+        run.checkpoints.close()
+        assert isinstance(run.step, StagedStepper)
+        assert [stepper.accumulate for stepper in run.step.steppers] == [1, 2, 2, 2]
 
 
 def test_samples_are_shown_as_their_step_sees_them(cli: Cli, progressive: list[str]) -> None:

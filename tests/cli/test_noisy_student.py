@@ -82,6 +82,11 @@ def test_labelling_goes_on_and_ranks_change_no_bit(
     assert label().status == 0
     assert written(Path("labels")) == whole
     assert Path("labels/scores/000001.npy").stat().st_mtime_ns == kept
+    # The scores can be removed, and are made anew when asked for.
+    shutil.rmtree("labels/scores")
+    assert (done := label()).status == 0, done.err
+    assert written(Path("labels")) == whole
+    kept = Path("labels/scores/000001.npy").stat().st_mtime_ns
     # Another choice among the same scores.
     assert label("per_class=2").status == 0
     assert Path("labels/scores/000001.npy").stat().st_mtime_ns == kept
@@ -133,6 +138,19 @@ def test_pseudo_labels_a_teacher_and_stages_go_together(
     )
     others = (f"distill.teacher={trained}", "distill.resolution=student", "pseudo.labels=labels", "pseudo.ratio=2")
     goes_on_exactly("batch_size=8", *stages, *others)
+
+
+def test_a_teachers_outputs_for_the_training_images_are_written_once(
+    label: Cli, cli: Cli, tiny: list[str], few_digits: Path
+) -> None:
+    """Distillation without the teacher: each image by its label, and at the same time by what it was taken for."""
+    words = ("data=digits", f"data.root={few_digits}", "data.expected=null", "data.minival=20", "split=train")
+    assert (done := label(*words, "confidence=0")).status == 0, done.err
+    manifest, chosen = json.loads(Path("labels/manifest.json").read_text()), np.load("labels/chosen.npy")
+    assert (manifest["images"], manifest["kept"]) == (60, 60)  # none that is held out
+    assert chosen[:, 0].tolist() == chosen[:, 2].tolist() == list(range(60))
+    done = cli("train", *tiny, "data.minival=20", "batch_size=8", "pseudo.labels=labels", "loss.label_smoothing=0")
+    assert done.status == 0, done.err
 
 
 def test_what_cannot_be_is_told(

@@ -85,5 +85,14 @@ def test_members_are_of_one_network_and_the_data_set_is_theirs(
     torch.save(other, tmp_path / "other.pt")
     done = cli("export", f"average=[{members[0]},other.pt]", *OURS)
     assert (done.status, "differ: preprocess.crop_padding is 0 and 7" in done.err) == (2, True), done.err
+    for changed, message in (
+        ("nan", "not finite, in classifier.bias"),
+        ("wide", "classifier.bias (10,) here, (12,) there"),
+    ):
+        other = load_checkpoint(Path(members[0]))
+        other["ema"]["classifier.bias"] = torch.full((10,), torch.nan) if changed == "nan" else torch.zeros(12)
+        torch.save(other, tmp_path / "other.pt")
+        done = cli("export", f"average=[{members[0]},other.pt]", *OURS)
+        assert (done.status, message in done.err) == (2, True), done.err
     many = cli("export", f"checkpoint={members[0]}", "batch_norm=640", *OURS, "output=x.safetensors")
     assert (many.status, "batch_norm=640 is more than the 80 training images" in many.err) == (2, True), many.err

@@ -3,8 +3,11 @@ import pytest
 import torch
 from torch import nn
 
+from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess, normalize
-from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp, Attack, Attacked
+from effnet_train.distributed import Session
+from effnet_train.engine.adversarial import _SALT, Adversarial, AdvProp, Attack, Attacker, pgd
+from effnet_train.engine.evaluate import Member, evaluate_members, unchanged
 from effnet_train.models.auxiliary import add_auxiliary
 from effnet_train.models.efficientnet import EfficientNet
 from effnet_train.models.layers import uniform
@@ -63,25 +66,62 @@ def test_pgd_is_the_one_written_by_hand(epsilon: float, steps: int, step_size: f
     assert model.weight.grad is None
 
 
-def test_an_attacked_network_sees_what_the_attacker_makes_of_its_images() -> None:
-    """By the classes that it takes them for; also where nothing else computes gradients."""
+def test_without_a_number_the_steps_are_the_papers() -> None:
+    """Xie et al., section 5.1: epsilon + 1 of size 1, but for epsilon 1 one; so many lead epsilon away."""
+    assert [Attack(epsilon=epsilon).count for epsilon in (0.5, 1, 2, 3, 4)] == [1, 1, 3, 4, 5]
+    assert [Attack(epsilon=8, step_size=size).count for size in (2, 3, 8)] == [5, 4, 1]
+    assert (AdvProp(epsilon=4).count, AdvProp(epsilon=4, steps=None).count, Attack(epsilon=4, steps=2).count) == (
+        1,
+        5,
+        2,
+    )
+    images, black_and_white = torch.full((1, 3, 1, 1), 0.5), (torch.tensor(0.0), torch.tensor(1.0))
+    attack = Attack(epsilon=4)
+    found = pgd(
+        *(images, torch.ones_like),
+        start=torch.zeros(1),
+        epsilon=torch.tensor(4 / 255),
+        step_size=torch.tensor(1 / 255),
+        steps=attack.count,
+        bounds=black_and_white,
+    )
+    torch.testing.assert_close(found, images + 4 / 255)
+
+
+class Unkeyed(Linear):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images, KEYS)
+
+
+def test_an_evaluation_attacks_by_the_labels() -> None:
+    """Also where nothing else computes gradients."""
     attack = Attack(epsilon=3, steps=4, step_size=1.5)
     pixels = torch.randint(256, (4, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-
-    class Unkeyed(Linear):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return super().forward(images, KEYS)
-
     model = Unkeyed().eval()
     with torch.inference_mode():
         inputs = normalize(pixels, PREPROCESS.mean, PREPROCESS.std)
-        taken = model(inputs).argmax(1)
-        found = Attacked(model, attack, PREPROCESS, torch.device("cpu"))(inputs)
-    objective = Adversarial(Linear(), AdvProp(epsilon=3, steps=4, step_size=1.5, random_start=False), PREPROCESS)
-    inputs = normalize(pixels, PREPROCESS.mean, PREPROCESS.std)
-    torch.testing.assert_close(found, model(objective.attacked(LOSS, inputs, taken.clone(), KEYS)).detach())
+        found = Attacker(attack, PREPROCESS, torch.device("cpu"))(model, inputs, LABELS + 0)
+    values = {"epsilon": 3, "steps": 4, "step_size": 1.5, "random_start": False}
+    weight, whole = model.weight.detach().double().numpy(), pixels.permute(0, 3, 1, 2).double().numpy()
+    wanted = by_hand(whole, weight, AdvProp(**values), np.zeros((4, 3, 3, 3)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESS.mean, PREPROCESS.std))
+    np.testing.assert_allclose(((found * std + mean) * 255).numpy(), wanted, atol=1e-3)
+    assert model.weight.grad is None
     with pytest.raises(ValueError, match=r"attack\.steps=4 has no effect without attack\.epsilon=, say 1"):
         Attack(steps=4)
+
+
+def test_no_attack_makes_right_what_was_wrong() -> None:
+    """As one that leads away from the class that the network takes an image for would, of a label that comes second."""
+    pixels = torch.randint(256, (64, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    model = Unkeyed().eval()
+    second = model(normalize(pixels, PREPROCESS.mean, PREPROCESS.std)).topk(2).indices[:, 1]
+    batch = Batch(pixels, second, torch.arange(64), [])
+    attacker = Attacker(Attack(epsilon=64, steps=8, step_size=16), PREPROCESS, torch.device("cpu"))
+    for attack in (unchanged, attacker):
+        member = Member({"m": model}, [batch], PREPROCESS, attack)
+        found = evaluate_members([member], num_images=64, precision="fp32", session=Session())["m"]
+        assert (found.top1, found.images) == (0, 64)
 
 
 def network() -> EfficientNet:

@@ -64,6 +64,10 @@ def test_a_stage_changes_copies_alone() -> None:
         ({"resolution": 128}, "progressive.stages=1 begins as it ends, without progressive.resolution=128: give more"),
         ({"stages": 4}, "progressive.stages=4 and nothing to change: give progressive.resolution=128"),
         ({"stages": "linear", "dropout": 0.1}, "progressive.stages=linear follows progressive.resolution="),
+        (
+            {"stages": 4, "resolution": 128, "multiple": 16},
+            "progressive.multiple=16 has no effect without progressive.sta",
+        ),
         ({"stages": 4, "resolution": 320}, "progressive.resolution=320 is more than the 300 pixels that the run ends"),
         ({"stages": 4, "dropout": 1.0}, "progressive.dropout=1.0 is out of range"),
         ({"stages": 4, "magnitude": -1.0}, "progressive.magnitude=-1.0 is out of range"),
