@@ -33,7 +33,7 @@ from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.run import JOURNAL, Limits, Outcome, Search
 from effnet_train.search.searchers import Random
-from effnet_train.search.space import Space, Stages
+from effnet_train.search.space import Space, Stages, same_network
 from effnet_train.search.trials import Trial, run_all, stop_signals
 
 # Keys that settle neither what is asked for nor what comes of it: another start may have others.
@@ -80,6 +80,7 @@ def search(cfg: DictConfig) -> None:
             reward=reward,
             limits=limits,
             count=partial(_costs, space=space, config=config, classes=classes),
+            name=partial(same_network, stem_channels=space.stem_channels, **_scale(config)),
             train=Trainings(folder, config, space, base, asked),
             told=watcher.told,
             learnt=watcher.learnt,
@@ -123,6 +124,11 @@ def _model(stages: Stages, space: Space, config: Mapping[str, Any]) -> dict[str,
     """Return a candidate's model, in the resolution in which the data set's images come, whatever the model's own."""
     ends = {"stem_channels": space.stem_channels, "head_channels": space.head_channels}
     return {**config["model"], **ends, "stages": stages, "resolution": config["data"]["preprocess"]["resolution"]}
+
+
+def _scale(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return by what `model=` scales all candidates."""
+    return {key: config["model"].get(key, 1.0) for key in ("width", "depth")}
 
 
 def _price(cfg: DictConfig, config: Mapping[str, Any], space: Space) -> str:

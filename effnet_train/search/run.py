@@ -13,7 +13,7 @@ from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.searchers import Searcher
-from effnet_train.search.space import Space, Stages, Tokens, same_network
+from effnet_train.search.space import Space, Stages, Tokens
 
 STATE = "searcher.pt"
 JOURNAL = "trials.jsonl"
@@ -60,9 +60,9 @@ Train = Callable[[Mapping[int, Stages], Callable[[int, Outcome], None]], None]
 class Search:
     """Hold the parts of a search, which keeps where its searcher stands in `folder`.
 
-    `count` returns a network's costs by kind, without training it. `told` is called after each entry, `learnt` after
-    each round with what the searcher has to say. `max_failures` trainings that fail one after another end the search:
-    they say nothing of networks.
+    `count` returns a network's costs by kind, without training it, `name` what is equal of stages that make the same
+    network. `told` is called after each entry, `learnt` after each round with what the searcher has to say.
+    `max_failures` trainings that fail one after another end the search: they say nothing of networks.
     """
 
     folder: Path
@@ -72,6 +72,7 @@ class Search:
     reward: Reward
     limits: Limits
     count: Callable[[Stages], dict[str, float]]
+    name: Callable[[Stages], str]
     train: Train
     told: Callable[[Entry], None] = lambda _: None
     learnt: Callable[[Mapping[str, float]], None] = lambda _: None
@@ -125,7 +126,7 @@ class Search:
             if number in self.journal.entries:
                 continue
             decoded = self.space.decode(tokens)
-            network = same_network(decoded, self.space.stem_channels)
+            network = self.name(decoded)
             if known.setdefault(network, number) != number:
                 copies[number] = tokens, network
                 continue

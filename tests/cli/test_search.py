@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from effnet_train.cli import search_run
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.search import report
 from effnet_train.search.journal import Entry, Journal
 
 Cli = Callable[..., Any]
@@ -85,10 +86,10 @@ def test_a_search_from_its_space_to_a_scaled_network(cli: Cli, words: list[str])
     other = cli("search", "run", *words, "trials=3", "round=3")
     assert (other.status, "round was 2, now 3" in other.err) == (2, True)
 
-    report = cli("search", "report", "search=found")
-    assert report.status == 0, report.err
+    told = cli("search", "report", "search=found")
+    assert told.status == 0, told.err
     best = max(own, key=lambda entry: entry.reward or 0)
-    assert report.out.split("\n")[3].split()[:2] == ["1", str(best.number)]
+    assert told.out.split("\n")[3].split()[:2] == ["1", str(best.number)]
     rows = list(csv.DictReader(Path("found/report.csv").read_text().splitlines()))
     assert [int(row["trial"]) for row in rows] == [1, 2, 3]
     for name in ("rewards", "pareto"):
@@ -153,8 +154,8 @@ def test_what_crashes_or_hangs_is_recorded_with_its_reason(
     assert {n: entry.top1 for n, entry in found.items() if entry.top1} == {3: 0.03, 5: 0.05, 6: 0.06}
     assert "trial 1: FAILED: out of memory" in done.out
     assert "3 trained, 0 the same as others, 0 over a limit, 3 failed, see found/trials.jsonl" in done.out
-    report = cli("search", "export", "1", "search=found")
-    assert (report.status, "# Trial 1 of found (effnet-search export)." in report.out) == (0, True)
+    exported = cli("search", "export", "1", "search=found")
+    assert (exported.status, "# Trial 1 of found (effnet-search export)." in exported.out) == (0, True)
 
 
 def test_a_training_of_a_start_before_that_still_runs_is_no_failure(
@@ -196,6 +197,19 @@ def test_a_limit_keeps_networks_from_being_trained(cli: Cli, words: list[str], m
             assert entry.reward == pytest.approx(entry.top1 * (entry.costs["latency_ms"] / 5) ** -0.07)
 
 
+def test_networks_that_scaling_makes_the_same_are_trained_once(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "extra = {}\n" + FINISHES)
+    narrow = ("model.width=0.25", "space.layers=[0]", "trials=10", "round=5", "jobs=4", "searcher=random")
+    assert cli("search", "run", *words, *narrow).status == 0
+    found = report.read(Path("found"))
+    candidates = {entry.tokens for entry in found.entries}
+    operations = {tuple(stage["op"] for stage in found.space.decode(tokens)) for tokens in candidates}
+    assert len(candidates) > len(operations)  # the others differ in channels, of which a quarter is 8 for all
+    assert sum(entry.same_as is None for entry in found.entries) == len(operations)
+
+
 def test_held_out_images_are_what_is_rewarded(cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "extra = {'test': {'test/top1': 0.77, 'test/top5': 1.0}}\n" + FINISHES)
     assert cli("search", "run", *words, "trials=2", "round=2", "jobs=2").status == 0
@@ -233,6 +247,8 @@ def test_searches_are_compared(cli: Cli, words: list[str], monkeypatch: pytest.M
         ("run model=b0", "model=b0 has no stages to search for: choose model=mnasnet"),
         ("run space.kernel=[4]", "kernel=4 must be odd"),
         ("run space.op=[mbconv]", "op='mbconv': choose conv, separable, or mbconv and its expansion"),
+        ("run 'space.width=[wide]'", "space.blocks[0]: width=['wide'] must be a list of numbers to choose from"),
+        ("run space.stem_channels=20", "space.stem_channels=20 must be a multiple of 8"),
         ("run searcher=pppo", "searcher=pppo is not known: did you mean searcher=ppo?"),
         ("run searcher.learning_rate=1", "searcher.learning_rate is not a key of the configuration"),
         ("run searcher.seed=1 ", "searcher.seed"),

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.run import JOURNAL, Limits, Outcome, Search
 from effnet_train.search.searchers import Evolution, Random, Searcher
-from effnet_train.search.space import Space, Stages
+from effnet_train.search.space import Space, Stages, same_network
 
 SPACE = Space(
     op=["separable", "mbconv3"],
@@ -67,6 +68,7 @@ def search(folder: Path, train: Any, searcher: Searcher | None = None, **given: 
         space=SPACE,
         searcher=searcher or PPO(sizes=SPACE.sizes, seed=1, hidden=8),
         count=count,
+        name=partial(same_network, stem_channels=SPACE.stem_channels),
         train=train,
         **{"reward": Reward(target=300), "limits": Limits(), **given},
     )
