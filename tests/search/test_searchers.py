@@ -222,7 +222,8 @@ def best_found(searcher: Searcher, rewards: Tensor, trials: int) -> float:
 
 
 def optima(make: Callable[..., Searcher], seeds: Sequence[int], trials: int) -> int:
-    return sum(best_found(make(sizes=SIZES, seed=seed), table(seed), trials) == 1 for seed in seeds)
+    # Of other seeds than the tables', whose random numbers would be the searchers'.
+    return sum(best_found(make(sizes=SIZES, seed=seed - 1000), table(seed), trials) == 1 for seed in seeds)
 
 
 def test_ppo_finds_the_best_of_a_table_where_random_search_does_not() -> None:
