@@ -162,7 +162,7 @@ SEARCH_RUN: Mapping[str, Any] = {
     **dict.fromkeys(("trials", "round", "attempts", "max_failures"), int),
     "reward": "effnet_train.search.reward.Reward",
     "limits": "effnet_train.search.run.Limits",
-    "latency_device": str,
+    "latency_device": Literal["cpu", "cuda"],
     "jobs": int | Literal["auto"],
     "trial_limit_s": float | None,
     "keep_weights": bool,

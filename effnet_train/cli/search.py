@@ -83,7 +83,9 @@ def _shape(found: Any) -> dict[str, Any]:
     from effnet_train.cli.app import CONFIG_DIR
 
     model = found.config["model"]
+    # What a base of the user's own has is not known here: all is written then.
     base = yaml.safe_load((CONFIG_DIR / "model" / "mnasnet.yaml").read_text(encoding="utf-8"))
+    base = base if found.base == "mnasnet" else {"_target_": base["_target_"]}
     own = shape_of(model, found.config["data"]["preprocess"]["resolution"])
     return {key: value for key, value in own.items() if base.get(key) != value and key != "stages"}
 

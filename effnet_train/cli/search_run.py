@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.run import JOURNAL, Limits, Outcome, Search
 from effnet_train.search.searchers import Random
-from effnet_train.search.space import Space, Stages
+from effnet_train.search.space import Space, Stages, same_network
 from effnet_train.search.trials import Trial, run_all, stop_signals
 
 # Keys that settle neither what is asked for nor what comes of it: another start may have others.
@@ -67,9 +68,13 @@ def search(cfg: DictConfig) -> None:
     classes = (config["data"].get("expected") or {}).get("classes") or len(
         build.build_data(config["data"], Session()).classes
     )
+    if config["latency_device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("latency_device=cuda, but torch sees no CUDA device here: use latency_device=cpu")
     with locked(folder, Session()), stop_signals() as asked:
         kept = {key: value for key, value in config.items() if key not in _FREE}
-        run_folder.claim(folder, {**kept, "base": base})
+        # A run may be made longer; trials of several lengths are no search.
+        length = {} if config["max_steps"] is None else {"max_steps of a trial": config["max_steps"]}
+        run_folder.claim(folder, {**kept, "base": base, **length})
         journal = Journal(folder / JOURNAL)
         watcher = Watcher(folder, config, journal)
         own = Search(
@@ -80,6 +85,7 @@ def search(cfg: DictConfig) -> None:
             reward=reward,
             limits=limits,
             count=partial(_costs, space=space, config=config, classes=classes),
+            name=_namer(space, config["model"]),
             train=Trainings(folder, config, space, base, asked),
             told=watcher.told,
             learnt=watcher.learnt,
@@ -92,7 +98,7 @@ def search(cfg: DictConfig) -> None:
     if not done:
         print(f"effnet-search: stopped, all saved in {folder}: the same command goes on", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE)
-    print("\n".join(_end(folder, journal)))
+    print("\n".join(_end(folder, journal, limits)))
 
 
 def network_file(
@@ -123,6 +129,12 @@ def _model(stages: Stages, space: Space, config: Mapping[str, Any]) -> dict[str,
     """Return a candidate's model, in the resolution in which the data set's images come, whatever the model's own."""
     ends = {"stem_channels": space.stem_channels, "head_channels": space.head_channels}
     return {**config["model"], **ends, "stages": stages, "resolution": config["data"]["preprocess"]["resolution"]}
+
+
+def _namer(space: Space, model: Mapping[str, Any]) -> Callable[[Stages], str]:
+    """Return `same_network` for candidates that the model's own width and depth scale."""
+    width, depth = model.get("width", 1.0), model.get("depth", 1.0)
+    return partial(same_network, stem_channels=space.stem_channels, width=width, depth=depth)
 
 
 def _price(cfg: DictConfig, config: Mapping[str, Any], space: Space) -> str:
@@ -162,7 +174,7 @@ def _plan(config: Mapping[str, Any], space: Space, folder: Path) -> list[str]:
     ]
 
 
-def _end(folder: Path, journal: Journal) -> list[str]:
+def _end(folder: Path, journal: Journal, limits: Limits) -> list[str]:
     entries = list(journal.entries.values())
     counts = {status: sum(e.status == status and e.same_as is None for e in entries) for status in ("over", "failed")}
     trained = sum(e.status == "trained" and e.same_as is None for e in entries)
@@ -171,13 +183,24 @@ def _end(folder: Path, journal: Journal) -> list[str]:
     words += [f"{counts['failed']} failed, see {folder / JOURNAL}"] if counts["failed"] else []
     lines = [f"done: {len(entries)} trials: {', '.join(words)}"]
     best = journal.best()
-    if best is not None:
-        lines += [
-            f"best: trial {best.number}, {_words(best)}",
-            f"effnet-search report search={folder}",
-            f"effnet-search export best search={folder} output=nets/model/mine.yaml",
-        ]
-    return lines
+    if best is None:
+        raise ValueError(f"none of {len(entries)} candidates was trained, see {journal.path}{_least(entries, limits)}")
+    return [
+        *lines,
+        f"best: trial {best.number}, {_words(best)}",
+        f"effnet-search report search={folder}",
+        f"effnet-search export best search={folder} output=nets/model/mine.yaml",
+    ]
+
+
+def _least(entries: Sequence[Entry], limits: Limits) -> str:
+    """Word how far candidates that are all above limits are from them."""
+    over = [entry.costs for entry in entries if entry.status == "over"]
+    given = {kind: value for kind, value in asdict(limits).items() if over and value is not None}
+    words = [
+        f"limits.{kind}={value:,.6g}, the least was {min(c[kind] for c in over):,.6g}" for kind, value in given.items()
+    ]
+    return f": {'; '.join(words)}. Give name= and higher ones, or another space" if words else ""
 
 
 def _words(entry: Entry) -> str:
@@ -205,7 +228,8 @@ class Trainings:
         trials = {str(number): self._trial(number, stages) for number, stages in networks.items()}
         for name, trial in list(trials.items()):
             run = trial.result()
-            if run is not None:
+            # Of another network where somebody removed the journal: the training then refuses the folder, saying so.
+            if run is not None and run.config["model"].get("stages") == list(map(dict, networks[int(name)])):
                 del trials[name]
                 ended(int(name), self._outcome(run, None))
         jobs = len(self._places) if self._places else max(1, len(trials))
@@ -300,7 +324,8 @@ class Watcher:
     def told(self, entry: Entry) -> None:
         """Print a line for a trial, and add to its curves."""
         self._entries += 1
-        if entry.reward is not None and (self._best is None or entry.reward > (self._best.reward or 0.0)):
+        former = -1.0 if self._best is None else (self._best.reward or 0.0)
+        if entry.status == "trained" and (entry.reward or 0.0) > former:
             self._best = entry
         left = (time.monotonic() - self._since) / (self._entries - self._before) * (self._trials - self._entries)
         best = f"; best {self._best.reward:.4f} (trial {self._best.number})" if self._best else ""

@@ -51,8 +51,13 @@ def gate(channels: int, in_channels: int, se_ratio: float, style: Style) -> nn.M
 
     It is as narrow as the block's input asks for, not as the `channels` that it scales would.
     """
-    squeezed = max(1, int(in_channels * se_ratio))
-    return SqueezeExcite(channels, squeezed, style=style) if se_ratio > 0 else nn.Identity()
+    narrow = squeezed(in_channels, se_ratio)
+    return SqueezeExcite(channels, narrow, style=style) if narrow else nn.Identity()
+
+
+def squeezed(in_channels: int, se_ratio: float) -> int:
+    """Return the width of the squeeze-excite of a block that takes `in_channels`, 0 where it has none."""
+    return max(1, int(in_channels * se_ratio)) if se_ratio > 0 else 0
 
 
 class EfficientNet(Network):

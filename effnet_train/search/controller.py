@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from effnet_train.search.space import Tokens
 
+_EQUAL = 1e-6  # a spread of rewards that is rounding
+
 
 class Policy(nn.Module):
     """Give each token's probabilities, knowing the tokens before it: an LSTM of one layer.
@@ -76,9 +78,9 @@ def clipped_loss(log_p: Tensor, old_log_p: Tensor, advantage: Tensor, clip: floa
 class PPO:
     """Propose what the policy draws, and move it towards what was rewarded above the moving baseline.
 
-    Each round's candidates are one batch, over which `epochs` steps of Adam go. The baseline and the spread, by which
-    advantages are divided, are averages over rounds, of which former ones keep the part `baseline_decay`. So `entropy`,
-    the weight of the bonus for staying undecided, means the same whatever the rewards.
+    Each round's candidates are one batch, over which `epochs` steps of Adam go. The baseline and the spread around it
+    (a root mean square), by which advantages are divided, are averages over rounds, of which former ones keep the part
+    `baseline_decay`. So `entropy`, the weight of the bonus for staying undecided, means the same whatever the rewards.
 
     Source: Tan et al., arXiv 1807.11626, section 4.2; layer, initialisation, baseline and entropy bonus: Zoph et al.,
     arXiv 1707.07012, appendix A, who have a rate of 0.00035 for 20,000 candidates: ours is for some hundreds.
@@ -122,9 +124,12 @@ class PPO:
         if not candidates:
             return {}
         tokens, values = torch.tensor(candidates), torch.tensor(rewards, dtype=torch.float32)
-        found = (float(values.mean()), float(values.std(correction=0)))
-        baseline, spread = self._moving or found
-        advantage = (values - baseline) / max(spread, 1e-6)
+        mean = float(values.mean())
+        baseline, spread = self._moving or (mean, 0.0)
+        found = float((values - baseline).square().mean().sqrt())
+        # Until a reward differs there is no spread: divided by nearly none, the first that does would be all.
+        spread = spread if spread > _EQUAL else found
+        advantage = (values - baseline) / max(spread, _EQUAL)
         with torch.no_grad():
             # The policy has not changed since it drew them.
             old_log_p, undecided = self.policy(tokens)
@@ -135,7 +140,7 @@ class PPO:
             loss.backward()
             self._optimizer.step()
         old, new = self._decay, 1 - self._decay
-        self._moving = (old * baseline + new * found[0], old * spread + new * found[1])
+        self._moving = (old * baseline + new * mean, old * spread + new * found)
         return {"entropy": float(undecided.mean()), "baseline": self._moving[0], "spread": self._moving[1]}
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Journal:
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
-                assert file.write(line) == len(line)
+                written = file.write(line)
+                assert written == len(line)
                 os.fsync(file.fileno())
             except BaseException:
                 os.truncate(self.path, size)

@@ -106,11 +106,9 @@ def text(searches: Sequence[Found], top: int) -> str:
         Column("top1", "top-1 %", form=".2f", percent=True),
         *(Column(kind, word, form=".4g") for kind, (word, _) in _COSTS.items()),
     ]
-    parts = [Sheet("The best networks", columns, rows).render("terminal")]
-    parts.append(searches_sheet(searches).render("terminal"))
-    if pairs:
-        parts.append(stages_sheet(*pairs[0]).render("terminal"))
-    return "\n\n".join(parts)
+    sheets = [Sheet("The best networks", columns, rows), searches_sheet(searches)]
+    sheets += [stages_sheet(*pairs[0])] if pairs else []
+    return "\n\n".join(sheet.render("terminal") for sheet in sheets if sheet.rows) or "no trial has a reward yet"
 
 
 def searches_sheet(searches: Sequence[Found]) -> Sheet:

@@ -13,7 +13,7 @@ from effnet_train.engine.checkpoint import write_bytes
 from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.searchers import Searcher
-from effnet_train.search.space import Space, Stages, Tokens, same_network
+from effnet_train.search.space import Space, Stages, Tokens
 
 STATE = "searcher.pt"
 JOURNAL = "trials.jsonl"
@@ -60,9 +60,9 @@ Train = Callable[[Mapping[int, Stages], Callable[[int, Outcome], None]], None]
 class Search:
     """Hold the parts of a search, which keeps where its searcher stands in `folder`.
 
-    `count` returns a network's costs by kind, without training it. `told` is called after each entry, `learnt` after
-    each round with what the searcher has to say. `max_failures` trainings that fail one after another end the search:
-    they say nothing of networks.
+    `count` returns a network's costs by kind, without training it, `name` what is equal of stages that make the same
+    network. `told` is called after each entry, `learnt` after each round with what the searcher has to say.
+    `max_failures` trainings that fail one after another end the search: they say nothing of networks.
     """
 
     folder: Path
@@ -72,6 +72,7 @@ class Search:
     reward: Reward
     limits: Limits
     count: Callable[[Stages], dict[str, float]]
+    name: Callable[[Stages], str]
     train: Train
     told: Callable[[Entry], None] = lambda _: None
     learnt: Callable[[Mapping[str, float]], None] = lambda _: None
@@ -80,8 +81,8 @@ class Search:
     def run(self, trials: int, round_size: int) -> bool:
         """Go on until there are `trials` entries, and say whether it came to that: it did not where it was stopped.
 
-        At any moment it may die, and go on. Raises ValueError where its state is gone, and where training after
-        training fails.
+        At any moment it may die, and go on. Raises ValueError where the journal is not this search's, or lacks a trial,
+        and where training after training fails.
         """
         first, asked = self._resumed()
         while True:
@@ -101,11 +102,15 @@ class Search:
     def _resumed(self) -> tuple[int, list[Tokens]]:
         """Return the number of the first candidate of the round at hand, and the round's candidates."""
         file = self.folder / STATE
-        if not file.exists():
-            if self.journal.entries:
-                raise ValueError(f"{file} is gone, without which the search cannot go on: give name= for another one")
+        if not file.exists():  # what the journal holds teaches a new searcher the same
             return 1, []
         state = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
+        lacking = next((number for number in range(1, state["first"]) if number not in self.journal.entries), None)
+        if lacking is not None:
+            raise ValueError(
+                f"{self.journal.path} lacks trial {lacking}, from which the searcher has learnt. Move {file} away, and "
+                "the same command goes through its rounds again, and trains only what is lacking"
+            )
         self.searcher.load_state_dict(state["searcher"])
         return state["first"], [tuple(tokens) for tokens in state["asked"]]
 
@@ -123,9 +128,10 @@ class Search:
         copies: dict[int, tuple[Tokens, str]] = {}
         for number, tokens in enumerate(asked, first):
             if number in self.journal.entries:
+                self._check_tokens(number, tokens)
                 continue
             decoded = self.space.decode(tokens)
-            network = same_network(decoded, self.space.stem_channels)
+            network = self.name(decoded)
             if known.setdefault(network, number) != number:
                 copies[number] = tokens, network
                 continue
@@ -149,10 +155,20 @@ class Search:
         self._check_failures(first)
         return True
 
+    def _check_tokens(self, number: int, tokens: Tokens) -> None:
+        found = self.journal.entries[number].tokens
+        if found != tokens:
+            raise ValueError(
+                f"{self.journal.path}: trial {number} is another candidate ({found}) than the searcher asks for "
+                f"({tokens}): its lines are of another search, or of other rounds. Give name= for a new search"
+            )
+
     def _rewarded(self, entry: Entry, outcome: Outcome) -> Entry:
         values: dict[str, Any] = asdict(entry) | {"tokens": entry.tokens, "seconds": outcome.seconds}
         if outcome.top1 is None or not math.isfinite(outcome.top1):
-            return Entry(**values | {"status": "failed", "reward": None, "reason": outcome.reason})
+            return Entry(
+                **values | {"status": "failed", "reward": None, "reason": outcome.reason or f"top-1 is {outcome.top1}"}
+            )
         value = self.reward(outcome.top1, entry.costs)
         return Entry(**values | {"status": "trained", "reward": value, "top1": outcome.top1, "reason": None})
 

@@ -96,10 +96,10 @@ def run_all(
     ended: Callable[[str, int], None],
     limit_s: float | None = None,
 ) -> None:
-    """Run processes that `start` starts, `jobs` at a time; tell the name and the exit status of each that ended.
+    """Run processes, begun as by `start`, `jobs` at a time; tell the name and the exit status of each that ended.
 
     Each signal that comes to be in `asked` is handed on to those that run, and no more begin. What runs for longer than
-    `limit_s` is asked to stop, and is killed if it does not.
+    `limit_s` is asked to stop, and is killed with all its children if it does not.
     """
     waiting, running, handed = dict(starts), dict[str, subprocess.Popen[bytes]](), 0
     ends, late = dict[str, float](), set[str]()
@@ -108,7 +108,8 @@ def run_all(
             name = next(iter(waiting))
             running[name] = waiting.pop(name)()
             ends[name] = time.monotonic() + (math.inf if limit_s is None else limit_s)
-        new, handed = asked[handed:], len(asked)
+        new = asked[handed:]
+        handed += len(new)  # not len(asked): a signal may come between the two
         for process, number in itertools.product(running.values(), new):
             process.send_signal(number)
         time.sleep(_POLL_S)
@@ -118,7 +119,10 @@ def run_all(
                 process.stdin.close()
                 ended(name, running.pop(name).returncode)
             elif time.monotonic() > ends[name]:
-                process.send_signal(signal.SIGKILL if name in late else signal.SIGTERM)
+                if name in late:
+                    os.killpg(process.pid, signal.SIGKILL)  # with its ranks and workers, which would keep its GPU
+                else:
+                    process.send_signal(signal.SIGTERM)
                 late.add(name)
                 ends[name] = time.monotonic() + LEAVING_S
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from effnet_train.cli import search_run
 from effnet_train.engine.checkpoint import load_checkpoint
+from effnet_train.search import report
 from effnet_train.search.journal import Entry, Journal
 
 Cli = Callable[..., Any]
@@ -85,10 +86,10 @@ def test_a_search_from_its_space_to_a_scaled_network(cli: Cli, words: list[str])
     other = cli("search", "run", *words, "trials=3", "round=3")
     assert (other.status, "round was 2, now 3" in other.err) == (2, True)
 
-    report = cli("search", "report", "search=found")
-    assert report.status == 0, report.err
+    told = cli("search", "report", "search=found")
+    assert told.status == 0, told.err
     best = max(own, key=lambda entry: entry.reward or 0)
-    assert report.out.split("\n")[3].split()[:2] == ["1", str(best.number)]
+    assert told.out.split("\n")[3].split()[:2] == ["1", str(best.number)]
     rows = list(csv.DictReader(Path("found/report.csv").read_text().splitlines()))
     assert [int(row["trial"]) for row in rows] == [1, 2, 3]
     for name in ("rewards", "pareto"):
@@ -111,7 +112,7 @@ def test_a_search_from_its_space_to_a_scaled_network(cli: Cli, words: list[str])
 def stub(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Have trials run `code` in place of a training, with `folder` its run's."""
     written = (
-        "import json, os, signal, sys, time\nfrom pathlib import Path\n"
+        "import json, os, signal, sys, time, yaml\nfrom pathlib import Path\n"
         "words = dict(word.split('=', 1) for word in sys.argv[1:] if '=' in word)\n"
         "folder = Path(words['run_root'].strip(chr(39))) / words['name']\n"
         "starts = folder / 'starts'; n = int(starts.read_text()) + 1 if starts.exists() else 1; "
@@ -122,7 +123,8 @@ def stub(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 FINISHES = """
 (folder / 'config.yaml').write_text(json.dumps({'select_by': 'val_ema/top1', 'seed': 0, 'epochs': 1, 'batch_size': 4,
-    'max_steps': None, 'data': {'root': 'x', 'preprocess': {'resolution': 8}}, 'model': {}, 'init_from': None}))
+    'max_steps': None, 'data': {'root': 'x', 'preprocess': {'resolution': 8}}, 'init_from': None,
+    'model': yaml.safe_load((folder.parent / f"candidates/model/{words['name']}.yaml").read_text())}))
 (folder / 'model.json').write_text(json.dumps({'classes': ['a', 'b'], 'images': 4}))
 best = {'step': 1, 'val_ema/top1': number / 100, 'val_ema/top5': 1.0, 'val/top1': 0.9}
 (folder / 'summary.json').write_text(json.dumps({'best': best, 'steps': 1, **extra}))
@@ -153,8 +155,8 @@ def test_what_crashes_or_hangs_is_recorded_with_its_reason(
     assert {n: entry.top1 for n, entry in found.items() if entry.top1} == {3: 0.03, 5: 0.05, 6: 0.06}
     assert "trial 1: FAILED: out of memory" in done.out
     assert "3 trained, 0 the same as others, 0 over a limit, 3 failed, see found/trials.jsonl" in done.out
-    report = cli("search", "export", "1", "search=found")
-    assert (report.status, "# Trial 1 of found (effnet-search export)." in report.out) == (0, True)
+    exported = cli("search", "export", "1", "search=found")
+    assert (exported.status, "# Trial 1 of found (effnet-search export)." in exported.out) == (0, True)
 
 
 def test_a_training_of_a_start_before_that_still_runs_is_no_failure(
@@ -196,6 +198,90 @@ def test_a_limit_keeps_networks_from_being_trained(cli: Cli, words: list[str], m
             assert entry.reward == pytest.approx(entry.top1 * (entry.costs["latency_ms"] / 5) ** -0.07)
 
 
+def test_networks_that_scaling_makes_the_same_are_trained_once(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "extra = {}\n" + FINISHES)
+    narrow = ("model.width=0.25", "space.layers=[0]", "trials=10", "round=5", "jobs=4", "searcher=random")
+    assert cli("search", "run", *words, *narrow).status == 0
+    found = report.read(Path("found"))
+    candidates = {entry.tokens for entry in found.entries}
+    operations = {tuple(stage["op"] for stage in found.space.decode(tokens)) for tokens in candidates}
+    assert len(candidates) > len(operations)  # the others differ in channels, of which a quarter is 8 for all
+    assert sum(entry.same_as is None for entry in found.entries) == len(operations)
+
+
+def test_limits_that_no_candidate_keeps_end_in_an_error(cli: Cli, words: list[str]) -> None:
+    done = cli("search", "run", *words, "trials=6", "round=3", "limits.params=100", "limits.flops=1e9")
+    assert done.status == 2
+    least = min(entry.costs["params"] for entry in entries().values())
+    assert "none of 6 candidates was trained, see found/trials.jsonl: limits.flops=1e+09, the least was" in done.err
+    assert f"; limits.params=100, the least was {least:,.6g}. Give name= and higher ones" in done.err
+    assert "best" not in done.out
+    told = cli("search", "report", "search=found")
+    assert told.status == 0, told.err
+    assert told.out.startswith("The search\n")
+
+
+def test_a_search_that_has_but_failures_yet_is_reported(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "sys.exit(2)")
+    assert cli("search", "run", *words, "trials=2", "round=2", "searcher=random").status == 2
+    told = cli("search", "report", "search=found")
+    assert (told.status, told.out.split("\n")[0]) == (0, "no trial has a reward yet"), told.err
+
+
+def test_a_result_counts_for_its_own_network_only(cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "extra = {}\n" + FINISHES)
+    command = ("search", "run", *words, "trials=3", "round=3", "searcher=random")
+
+    def starts() -> list[int]:
+        return [int(file.read_text()) for file in sorted(Path("found").glob("trial*/starts"))]
+
+    assert cli(*command).status == 0
+    before, first = entries(), Path("found/trial00001/config.yaml")
+    assert starts() == [1, 1, 1]
+    for name in ("trials.jsonl", "searcher.pt"):
+        Path("found", name).unlink()
+    assert cli(*command).status == 0
+    assert ({n: e.top1 for n, e in before.items()}, starts()) == ({n: e.top1 for n, e in entries().items()}, [1, 1, 1])
+
+    for name in ("trials.jsonl", "searcher.pt"):
+        Path("found", name).unlink()
+    config = json.loads(first.read_text())
+    config["model"]["stages"][0]["channels"] = 32
+    first.write_text(json.dumps(config))
+    assert cli(*command).status == 0
+    assert starts() == [2, 1, 1]
+
+
+def test_a_search_of_one_length_of_trials_goes_on_with_no_other(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "extra = {}\n" + FINISHES)
+    own = [text for text in words if not text.startswith("max_steps")]
+    assert cli("search", "run", *own, "trials=2", "round=2", "max_steps=1").status == 0
+    for other in ("max_steps=2", "max_steps=null"):
+        refused = cli("search", "run", *own, "trials=4", "round=2", other)
+        assert (refused.status, "max_steps of a trial was 1, now" in refused.err) == (2, True)
+
+
+def test_what_differs_from_a_base_of_ones_own_is_exported(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "extra = {}\n" + FINISHES)
+    Path("nets/model").mkdir(parents=True)
+    Path("nets/model/swish.yaml").write_text("defaults: [mnasnet]\nactivation: swish\n")
+    own = ("--config-dir", "nets", *words, "model=swish", "model.activation=relu", "trials=2", "round=2")
+    assert cli("search", "run", *own).status == 0
+    exported = cli("search", "export", "best", "search=found")
+    assert exported.status == 0, exported.err
+    values = yaml.safe_load(exported.out)
+    assert (values["defaults"], values["activation"], values["head_channels"]) == (["swish"], "relu", 64)
+    assert "_target_" not in values
+
+
 def test_held_out_images_are_what_is_rewarded(cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "extra = {'test': {'test/top1': 0.77, 'test/top5': 1.0}}\n" + FINISHES)
     assert cli("search", "run", *words, "trials=2", "round=2", "jobs=2").status == 0
@@ -233,11 +319,14 @@ def test_searches_are_compared(cli: Cli, words: list[str], monkeypatch: pytest.M
         ("run model=b0", "model=b0 has no stages to search for: choose model=mnasnet"),
         ("run space.kernel=[4]", "kernel=4 must be odd"),
         ("run space.op=[mbconv]", "op='mbconv': choose conv, separable, or mbconv and its expansion"),
+        ("run 'space.width=[wide]'", "space.blocks[0]: width=['wide'] must be a list of numbers to choose from"),
+        ("run space.stem_channels=20", "space.stem_channels=20 must be a multiple of 8"),
         ("run searcher=pppo", "searcher=pppo is not known: did you mean searcher=ppo?"),
         ("run searcher.learning_rate=1", "searcher.learning_rate is not a key of the configuration"),
         ("run searcher.seed=1 ", "searcher.seed"),
         ("run reward.target=0", "reward.target=0 must be above 0"),
         ("run reward.cost=joules", "reward.cost='joules' must be flops or params or latency_ms"),
+        ("run latency_device=gpu", "latency_device='gpu' must be cpu or cuda"),
         ("run limits.flops=-1", "limits.flops=-1 must be above 0, or null for none"),
         ("run round=0", "round=0 must be at least 1"),
         ("report search=nowhere", "search=nowhere holds no trials.jsonl: give the folder of an effnet-search run"),

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from effnet_train.search.journal import Entry, Journal
 from effnet_train.search.reward import Reward
 from effnet_train.search.run import JOURNAL, Limits, Outcome, Search
 from effnet_train.search.searchers import Evolution, Random, Searcher
-from effnet_train.search.space import Space, Stages
+from effnet_train.search.space import Space, Stages, same_network
 
 SPACE = Space(
     op=["separable", "mbconv3"],
@@ -67,6 +68,7 @@ def search(folder: Path, train: Any, searcher: Searcher | None = None, **given: 
         space=SPACE,
         searcher=searcher or PPO(sizes=SPACE.sizes, seed=1, hidden=8),
         count=count,
+        name=partial(same_network, stem_channels=SPACE.stem_channels),
         train=train,
         **{"reward": Reward(target=300), "limits": Limits(), **given},
     )
@@ -247,11 +249,32 @@ def test_reading_alone_cuts_nothing_off(tmp_path: Path) -> None:
     assert path.read_bytes() == before[:-6]
 
 
-def test_without_its_state_it_does_not_go_on(tmp_path: Path) -> None:
+def test_a_trial_that_was_lost_is_named_and_made_again_without_the_others(tmp_path: Path) -> None:
+    assert search(tmp_path, Trainer()).run(12, 6)
+    path, whole = tmp_path / JOURNAL, entries(tmp_path)
+    lost = next(number for number, entry in whole.items() if number <= 6 and entry.same_as is None)
+    path.write_text(
+        "".join(f"{line}\n" for line in path.read_text().splitlines() if json.loads(line)["number"] != lost)
+    )
+    with pytest.raises(ValueError, match=rf"trials.jsonl lacks trial {lost}, from which .* Move .*searcher.pt away"):
+        search(tmp_path, Trainer()).run(12, 6)
+    (tmp_path / "searcher.pt").unlink()
+    trainer = Trainer()
+    assert search(tmp_path, trainer).run(12, 6)
+    assert len(trainer.trained) == 1
+    assert entries(tmp_path) == whole
+    assert search(tmp_path, Trainer()).run(24, 6)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert search(other, Trainer()).run(24, 6)
+    assert entries(other) == entries(tmp_path)
+
+
+def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     assert search(tmp_path, Trainer()).run(6, 6)
     (tmp_path / "searcher.pt").unlink()
-    with pytest.raises(ValueError, match=r"searcher.pt is gone, without which the search cannot go on"):
-        search(tmp_path, Trainer()).run(12, 6)
+    with pytest.raises(ValueError, match=r"trials.jsonl: trial 1 is another candidate .* Give name= for a new search"):
+        search(tmp_path, Trainer(), Random(sizes=SPACE.sizes, seed=7)).run(6, 6)
 
 
 def test_accuracies_that_are_no_numbers_are_failures(tmp_path: Path) -> None:
@@ -260,7 +283,7 @@ def test_accuracies_that_are_no_numbers_are_failures(tmp_path: Path) -> None:
             ended(number, Outcome(float("nan") if number == 2 else 0.5))
 
     assert search(tmp_path, train, Random(sizes=SPACE.sizes)).run(4, 4)
-    assert entries(tmp_path)[2].status == "failed"
+    assert (entries(tmp_path)[2].status, entries(tmp_path)[2].reason) == ("failed", "top-1 is nan")
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

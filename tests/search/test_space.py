@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_train.models.mnasnet import MNASNET_A1, MnasNet
+from effnet_train.models.network import SKIPS
 from effnet_train.models.scaling import EFFICIENTNET_B0
 from effnet_train.search.space import Space, same_network
 
@@ -45,6 +46,7 @@ def samples(draw: st.DrawFn) -> tuple[Space, tuple[int, ...]]:
     return space, tuple(draw(st.integers(0, size - 1)) for size in space.sizes)
 
 
+@settings(deadline=None)
 @given(samples())
 def test_tokens_come_back_from_their_stages_and_make_a_network(sample: tuple[Space, tuple[int, ...]]) -> None:
     space, tokens = sample
@@ -61,20 +63,72 @@ def test_tokens_come_back_from_their_stages_and_make_a_network(sample: tuple[Spa
     assert model.head.conv.out_channels == space.head_channels
 
 
-@given(samples(), samples())
+# Values that come to the same: a separable convolution and an expansion of 1, ratios of few channels, narrow networks.
+AMBIGUOUS = Space(
+    **{
+        **TINY,
+        **{
+            "op": ["separable", "mbconv1", "mbconv2"],
+            "se_ratio": [0, 0.125, 0.15],
+            "skip": ["none", "identity", "pool"],
+        },
+        "blocks": [{"stride": 1, "channels": 16, "repeats": 1}, {"stride": 2, "channels": 16, "repeats": 1}],
+    }
+)
+
+
+@st.composite
+def neighbours(draw: st.DrawFn) -> tuple[Space, tuple[int, ...], tuple[int, ...]]:
+    """Draw two candidates that differ in three tokens at most: those that differ everywhere are never the same."""
+    space = draw(st.sampled_from([AMBIGUOUS, *SPACES.values()]))
+    one = [draw(st.integers(0, size - 1)) for size in space.sizes]
+    other = list(one)
+    for place in draw(st.lists(st.integers(0, len(one) - 1), max_size=3)):
+        other[place] = draw(st.integers(0, space.sizes[place] - 1))
+    return space, tuple(one), tuple(other)
+
+
+@settings(deadline=None)
+@given(neighbours(), st.sampled_from([0.25, 0.5, 1.0]))
 def test_networks_are_the_same_exactly_where_their_blocks_are(
-    one: tuple[Space, tuple[int, ...]], other: tuple[Space, tuple[int, ...]]
+    pair: tuple[Space, tuple[int, ...], tuple[int, ...]], scaled: float
 ) -> None:
+    space, *candidates = pair
     keys, built = [], []
-    for space, tokens in (one, other):
+    for tokens in candidates:
         stages = space.decode(tokens)
-        keys.append(same_network(stages, space.stem_channels))
+        keys.append(same_network(stages, space.stem_channels, width=scaled, depth=scaled))
         with torch.device("meta"):
-            blocks = list(MnasNet(stages=stages, stem_channels=space.stem_channels).blocks())
+            model = MnasNet(stages=stages, stem_channels=space.stem_channels, width=scaled, depth=scaled)
         built.append(
-            [(type(b), b.skip, [(n, p.shape) for n, p in b.named_parameters()], b.shape.stride) for b in blocks]
+            [(type(b), b.skip, [(n, p.shape) for n, p in b.named_parameters()], b.shape.stride) for b in model.blocks()]
         )
     assert (keys[0] == keys[1]) == (built[0] == built[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "other", "scaled"),
+    [
+        ({"op": "separable"}, {"op": "mbconv1"}, 1.0),
+        ({"se_ratio": 0.125}, {"se_ratio": 0.15}, 1.0),
+        ({"channels": 8}, {"channels": 16}, 0.25),
+        ({"repeats": 1}, {"repeats": 2}, 0.5),
+    ],
+)
+def test_values_that_come_to_the_same_make_no_other_network(
+    change: dict[str, Any], other: dict[str, Any], scaled: float
+) -> None:
+    stage = {"op": "mbconv6", "kernel": 3, "stride": 2, "channels": 24, "repeats": 1, "se_ratio": 0.0, "skip": "none"}
+    one, same = (same_network([{**stage, **own}], 16, width=scaled, depth=scaled) for own in (change, other))
+    assert one == same
+    assert same_network([{**stage, **change, "kernel": 5}], 16, width=scaled, depth=scaled) != one
+
+
+def test_a_skip_that_scaled_shapes_allow_makes_another_network() -> None:
+    stage = {"op": "mbconv6", "kernel": 3, "stride": 1, "channels": 24, "repeats": 1}
+    keys = {skip: [same_network([{**stage, "skip": skip}], 16, width=w) for w in (1, 0.25)] for skip in SKIPS}
+    assert keys["none"][0] == keys["identity"][0]
+    assert keys["none"][1] != keys["identity"][1] == keys["pool"][1]
 
 
 def test_skips_that_shapes_do_not_allow_make_no_other_network() -> None:
@@ -138,11 +192,28 @@ def test_a_block_may_choose_from_lists_of_its_own_and_what_is_no_choice_takes_no
     ("change", "message"),
     [
         ({"op": ["mbconv3", "mbconv"]}, "op='mbconv': choose conv, separable"),
-        ({"kernel": []}, r"space.blocks\[0\]: kernel=\[\] must be a list of the values to choose from"),
-        ({"width": 1.0}, r"width=1.0 must be a list of the values to choose from"),
+        ({"kernel": []}, r"space.blocks\[0\]: kernel=\[\] must be a list of whole numbers to choose from"),
+        ({"kernel": [[3]]}, r"kernel=\[\[3\]\] must be a list of whole numbers"),
+        ({"width": 1.0}, r"width=1.0 must be a list of numbers to choose from"),
+        ({"width": ["wide"]}, r"width=\['wide'\] must be a list of numbers to choose from"),
+        ({"width": [0]}, r"space.blocks\[0\]: width=0 must be a number above 0"),
+        ({"layers": ["1"]}, r"layers=\['1'\] must be a list of whole numbers"),
+        ({"layers": [True]}, r"layers=\[True\] must be a list of whole numbers"),
+        ({"se_ratio": [None]}, r"se_ratio=\[None\] must be a list of numbers"),
+        ({"skip": [None]}, r"skip=\[None\] must be a list of words"),
         ({"skip": ["residual"]}, "skip='residual': choose one of identity, pool, none"),
         ({"se_ratio": [0, 1.5]}, "se_ratio=1.5 must lie between 0"),
         ({"blocks": []}, r"space.blocks=\[\] holds none"),
+        ({"blocks": {"first": {}}}, r"space.blocks={'first': {}} holds none: give a list"),
+        ({"blocks": [16]}, r"space.blocks\[0\]: 16 is no stage: give stride, channels, repeats"),
+        ({"blocks": [{"stride": 1, "channels": "16", "repeats": 1}]}, "channels=16 must be a whole number above 0"),
+        ({"blocks": [{"stride": 1, "channels": 16, "repeats": 0}]}, "repeats=0 must be a whole number above 0"),
+        ({"stem_channels": 20}, "space.stem_channels=20 must be a multiple of 8, to which scaling rounds"),
+        ({"head_channels": 0}, "space.head_channels=0 must be a multiple of 8"),
+        (
+            {**{key: TINY[key][:1] for key in ("op", "kernel", "se_ratio", "skip")}, "width": [1], "layers": [0]},
+            "space holds a single network: give lists of several values to choose from",
+        ),
         ({"blocks": [{"stride": 1, "channels": 16}]}, r"space.blocks\[0\]: it lacks repeats"),
         ({"blocks": [{"stride": 1, "channels": 16, "repeats": 1, "kernels": [3]}]}, "kernels is not a key of it"),
         ({"blocks": [{"stride": 0, "channels": 16, "repeats": 1}]}, "stride=0 must be a whole number above 0"),

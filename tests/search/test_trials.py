@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,21 @@ def test_signals_are_handed_on_in_turn_and_nothing_more_begins(tmp_path: Path) -
         assert log.read_text() == f"ready\n{int(signal.SIGUSR1)} {int(signal.SIGINT)}\n"
 
 
+def test_a_signal_that_comes_while_others_are_handed_on_is_not_lost(tmp_path: Path) -> None:
+    class Asked(list[int]):
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
+            if not self and says(tmp_path / "log", "ready"):
+                self.append(signal.SIGTERM)  # as its handler would, between two steps of the interpreter
+            return found
+
+    code = "import time; print('ready', flush=True); time.sleep(60)"
+    ended: dict[str, int] = {}
+    starts = {"one": partial(start, [sys.executable, "-c", code], tmp_path / "log")}
+    run_all(starts, jobs=1, asked=Asked(), ended=ended.__setitem__)
+    assert ended == {"one": -signal.SIGTERM}
+
+
 def test_a_trial_that_fails_is_told_with_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
     codes = {
         "error": "import sys; print('effnet-train: error: no such thing'); print('more'); sys.exit(2)",
@@ -110,14 +126,17 @@ def test_a_training_that_does_not_leave_when_its_parent_is_dead_is_ended(tmp_pat
 
 def test_what_takes_too_long_is_asked_to_stop_and_then_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "LEAVING_S", 0.5)
-    deaf = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    deaf = (  # and so is its child
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "child = os.fork(); print(child, flush=True) if child else None; time.sleep(60)"
     )
     codes = {"quick": "", "hears": "import time; time.sleep(60)", "deaf": deaf}
     starts = {name: partial(start, [sys.executable, "-c", code], tmp_path / name) for name, code in codes.items()}
     ended: dict[str, int] = {}
     run_all(starts, jobs=3, asked=[], ended=ended.__setitem__, limit_s=4)
     assert ended == {"quick": 0, "hears": -signal.SIGTERM, "deaf": -signal.SIGKILL}
+    child = int((tmp_path / "deaf").read_text())
+    wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text(), 5)
 
 
 def test_a_training_may_have_variables_of_its_own(tmp_path: Path) -> None:
