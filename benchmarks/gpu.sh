@@ -21,30 +21,34 @@ print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_
 EOF
 mkdir -p "$OUT"
 failed=""
-step() {
-    name=$1
-    shift
-    echo "== $name"
-    timeout "${LIMIT:-240}" "$@" || failed="$failed $name"
+BEGAN=$(date +%s)
+MINUTES=${MINUTES:-8}
+step() { # name, seconds of eight minutes at most, command; less where less is left
+    name=$1 limit=$(($2 * MINUTES / 8))
+    shift 2
+    left=$((MINUTES * 60 - $(date +%s) + BEGAN))
+    [ "$limit" -lt "$left" ] || limit=$left
+    echo "== $name, $limit s at most"
+    [ "$limit" -gt 0 ] && timeout "$limit" "$@" || failed="$failed $name"
 }
-bench() { step "$1" "$PYTHON" -m effnet_train.cli.bench "$@" device="$DEVICE" ${WORDS:-}; }
+bench() { # name, seconds, words
+    job=$1 limit=$2
+    shift 2
+    step "$job" "$limit" "$PYTHON" -m effnet_train.cli.bench "$job" "$@" device="$DEVICE" ${WORDS:-}
+}
 
-# Compiling takes longest. It is done beside the tests, and the measurements find it in the cache. A library at a time
-# has one variant on the GPU: all six steps, of some 15 GB each, would not leave the tests their memory.
+modes=eager
 if [ "$DEVICE" = cuda ]; then
-    for library in ours timm torchvision; do
-        timeout 300 "$PYTHON" -m effnet_train.cli.bench train 'models=[b4,b0]' "libraries=[$library]" \
-            'modes=[compiled]' rounds=1 seconds=0.01 memory=false kinds=false ${WORDS:-} >/dev/null 2>&1 &
-    done
-    step tests "$PYTHON" -m pytest -q -m gpu -p no:xdist tests/models tests/engine/test_graph.py
-    wait
+    modes=compiled,reduce-overhead,fused,graph
+    step tests 120 "$PYTHON" -m pytest -v --tb=short -m 'gpu and not slow' -p no:xdist -p no:benchmark \
+        tests/models/fused tests/engine/test_graph.py
 fi
-bench train 'models=[b0,b4]' rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"
-bench train 'models=[b6]' 'modes=[eager]' rounds=3 seconds=0.5 output="$OUT/train-large-$NAME.json"
-bench eval 'models=[b0,b4]' 'modes=[eager]' rounds=5 seconds=0.3 output="$OUT/eval-$NAME.json"
-bench latency 'modes=[eager]' rounds=20 precision=auto output="$OUT/latency-bench-$NAME.json"
+bench train 330 'models=[b0,b4]' "modes=[$modes]" rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"
 RUN=$(mktemp -d)
-step training "$PYTHON" -m effnet_train.cli.train recipe=demo device="$DEVICE" ${TRAINING:-epochs=5} \
+step training 60 "$PYTHON" -m effnet_train.cli.train recipe=demo device="$DEVICE" ${TRAINING:-epochs=5} \
     run_root="$RUN" name=digits data.root="$RUN/data" && cp "$RUN/digits/summary.json" "$OUT/training-$NAME.json"
 rm -rf "$RUN"
+bench eval 60 'models=[b0,b4]' 'modes=[eager]' rounds=5 seconds=0.3 output="$OUT/eval-$NAME.json"
+bench latency 30 'modes=[eager]' rounds=20 precision=auto output="$OUT/latency-bench-$NAME.json"
+bench train 120 'models=[b6]' 'modes=[eager]' rounds=3 seconds=0.5 output="$OUT/train-large-$NAME.json"
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -88,7 +88,7 @@ def run(script: str, tmp_path: Path, **variables: str) -> subprocess.CompletedPr
 @pytest.mark.slow
 def test_the_gpus_script_is_rehearsed_on_a_cpu(tmp_path):
     words = "resolution=32 batch_size=2 rounds=1 seconds=0.01 memory=false kinds=false libraries=[ours,timm]"
-    done = run("gpu.sh", tmp_path, DEVICE="cpu", NAME="try", TRAINING="max_steps=4", WORDS=words)
+    done = run("gpu.sh", tmp_path, DEVICE="cpu", NAME="try", TRAINING="max_steps=4", WORDS=words, MINUTES="60")
     assert done.returncode == 0, done.stdout + done.stderr
     names = {"train-try", "train-large-try", "eval-try", "latency-bench-try", "training-try"}
     assert {path.stem for path in tmp_path.glob("*.json")} == names

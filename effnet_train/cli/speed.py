@@ -12,7 +12,7 @@ from effnet_train.cli.outputs import results_file, write_results
 
 if TYPE_CHECKING:  # the command's help comes without torch
     from effnet_train.analysis.roofline import Device
-    from effnet_train.analysis.throughput import Case
+    from effnet_train.analysis.throughput import Case, Elsewhere
 
 _REFERENCE = "timm"
 _VARIANTS = {"cuda": ["b0", "b4", "b6"], "cpu": ["b0"]}
@@ -53,6 +53,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     import torch
 
     from effnet_train.analysis import data_speed, roofline
+    from effnet_train.analysis.throughput import Elsewhere
     from effnet_train.cli import build, check
     from effnet_train.distributed import resolve_device
 
@@ -74,8 +75,10 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
         "rows": [],
     }
     print(f"copies {capacity.bytes_per_s / 1e9:,.1f} GB/s, products {capacity.flops_per_s / 1e12:,.2f} TFLOP/s")
+    set_up = partial(_set_up, config["threads"], precision, device)
+    works = {name: {case.name: Elsewhere(case, set_up) for case in measured} for name, measured in cases.items()}
     for name, measured in cases.items():
-        rows = _rows(measured, config, capacity)
+        rows = _rows(measured, works[name], config, capacity)
         result["rows"] += rows
         print(_table(name, rows), flush=True)
     write_results(file, result)
@@ -147,7 +150,9 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
     return cases
 
 
-def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device") -> list[dict[str, Any]]:
+def _rows(
+    cases: Sequence["Case"], works: Mapping[str, "Elsewhere"], config: Mapping[str, Any], capacity: "Device"
+) -> list[dict[str, Any]]:
     """Measure the cases of one variant in turn and return a row of each."""
     from statistics import median
 
@@ -157,8 +162,6 @@ def _rows(cases: Sequence["Case"], config: Mapping[str, Any], capacity: "Device"
     from effnet_train.models.efficientnet import EfficientNet
 
     first = cases[0]
-    set_up = partial(_set_up, config["threads"], first.precision, first.device)
-    works = {case.name: throughput.Elsewhere(case, set_up) for case in cases}
     times = throughput.interleaved(works, rounds=config["rounds"], seconds=config["seconds"], told=_told)
     reference = _REFERENCE if _REFERENCE in times else first.name
     faster = throughput.ratios(times, reference)

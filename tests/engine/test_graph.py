@@ -148,7 +148,8 @@ def test_graphs_on_a_gpu(fused: bool) -> None:
     plain, graphs = make_state(model, device), make_state(model, device)
     run(plain, make_step(plain, graphs=False, size=64, accumulate=2), range(8), size=64)
     run(graphs, make_step(graphs, graphs=True, size=64, accumulate=2), range(8), size=64)
-    torch.testing.assert_close(graphs.statistics, plain.statistics, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(graphs.statistics[0], plain.statistics[0], rtol=1e-2, atol=1e-2)  # the losses' sum
+    torch.testing.assert_close(graphs.statistics[2:], plain.statistics[2:], rtol=0, atol=0)  # hits may differ by a few
     ours, theirs = (state.state_dict(Session())["ema"] for state in (graphs, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
