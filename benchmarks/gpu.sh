@@ -42,6 +42,7 @@ if [ "$DEVICE" = cuda ]; then
     modes=compiled,reduce-overhead,fused,graph
     step tests 120 "$PYTHON" -m pytest -v --tb=short -m 'gpu and not slow' -p no:xdist -p no:benchmark \
         tests/models/fused tests/engine/test_graph.py
+    step kernels 40 "$PYTHON" benchmarks/kernels.py --output "$OUT/kernels-$NAME.json"
 fi
 bench train 330 'models=[b0,b4]' "modes=[$modes]" rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"
 RUN=$(mktemp -d)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from effnet_train.cli import build
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -94,6 +96,28 @@ def test_the_gpus_script_is_rehearsed_on_a_cpu(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.json")} == names
     rows = json.loads((tmp_path / "train-try.json").read_text())["rows"]
     assert {row["variant"] for row in rows} == {"b0", "b4"}
+
+
+@pytest.mark.slow
+def test_the_kernels_calls_of_a_step_are_repeated(tmp_path):
+    words = ["--variant", "nano", "--batch", "2", "--resolution", "32", "--output", str(tmp_path / "found.json")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *words]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    blocks = len(list(build.without_weights(build.model_variants()["nano"], 10).blocks()))
+    calls = {row["kernel"]: 0 for row in found["rows"]}
+    for row in found["rows"]:
+        calls[row["kernel"]] += row["calls"]
+    once = (
+        "depthwise forward",
+        "depthwise input_gradient",
+        "depthwise weight_gradient",
+        "norm gated_sums",
+        "norm pool",
+    )
+    assert {name: calls[name] for name in once} == dict.fromkeys(once, blocks)
 
 
 @pytest.mark.slow
