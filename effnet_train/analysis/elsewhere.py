@@ -21,6 +21,8 @@ from effnet_train.analysis import roofline
 from effnet_train.analysis.throughput import COMPILED, Case, Work, build
 from effnet_train.models.folding import PLAIN
 
+_GRACE_S = 10.0
+
 
 class Elsewhere:
     """A case in a process of its own, which ends with this one; `peak` and `path` are there when it is prepared.
@@ -62,12 +64,14 @@ class Elsewhere:
         return dict(self._answer())
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, by force where it computes."""
+        self._pipe.close()
         if self._process.is_alive():
+            if not self._asked:
+                self._process.join(_GRACE_S)  # it tidies up
             self._process.kill()
             self._process.join()
         self._asked = False
-        self._pipe.close()
 
     def _begin(self) -> None:
         self._process.start()

@@ -47,6 +47,7 @@ def test_a_process_of_its_own_measures_the_same_work():
     assert work.path == throughput.build(replace(CASE, training=False)).path != "plain"
     assert sum(work.kinds().values()) == pytest.approx(1, abs=0.01)
     work.close()
+    assert work._process.exitcode == 0  # not by force
 
 
 @pytest.mark.slow
