@@ -69,6 +69,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     cases = _cases(config, training, device, precision)
     file = results_file(config["output"])
     capacity = roofline.measure_device(device, precision)
+    torch.cuda.empty_cache()  # a gigabyte, which the contenders may need; does nothing on a CPU
     result: dict[str, Any] = {
         "machine": {**data_speed.machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None},
         "device": {"kind": device, "threads": torch.get_num_threads(), **vars(capacity)},
