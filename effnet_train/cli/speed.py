@@ -92,7 +92,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
 
 
 def _check_lists(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an empty list, a name that is none, and a duration that is none."""
+    """Raise ValueError for an empty list, a name that is none or there twice, and a duration that is none."""
     from effnet_train.analysis.throughput import LIBRARIES, MODES, OWN_MODES
     from effnet_train.cli import build
 
@@ -103,6 +103,8 @@ def _check_lists(config: Mapping[str, Any]) -> None:
             continue
         if not given:
             raise ValueError(f"{key}=[] names none: choose among {', '.join(names)}")
+        if len(set(given)) < len(given):
+            raise ValueError(f"{key}=[{','.join(map(str, given))}] names one twice: name each once")
         for name in given:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)

@@ -98,6 +98,7 @@ def test_latency_is_of_one_image_in_one_thread(cli, tmp_path):
     [
         (["models=[b9]"], "models has b9, which is not known: did you mean b"),
         (["models=[]"], "models=[] names none"),
+        (["modes=[eager,eager]"], "modes=[eager,eager] names one twice: name each once"),
         (["models=[resnet50]"], "models has resnet50, which is no EfficientNet"),
         (["libraries=[keras]"], "libraries has keras, which is not known"),
         (
