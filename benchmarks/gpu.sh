@@ -29,7 +29,8 @@ step() { # name, seconds of eight minutes at most, command; less where less is l
     left=$((MINUTES * 60 - $(date +%s) + BEGAN))
     [ "$limit" -lt "$left" ] || limit=$left
     echo "== $name, $limit s at most"
-    [ "$limit" -gt 0 ] && timeout "$limit" "$@" || failed="$failed $name"
+    # In the foreground: in a group of its own neither Ctrl-C would reach it, nor who ends the group of this script.
+    [ "$limit" -gt 0 ] && timeout --foreground -k 10 "$limit" "$@" || failed="$failed $name"
 }
 bench() { # name, seconds, words
     job=$1 limit=$2

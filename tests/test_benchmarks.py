@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,28 @@ def test_the_gpus_script_is_rehearsed_on_a_cpu(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.json")} == names
     rows = json.loads((tmp_path / "train-try.json").read_text())["rows"]
     assert {row["variant"] for row in rows} == {"b0", "b4"}
+
+
+def test_an_interrupt_ends_what_the_gpus_script_runs(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = - ] && exit\necho $$ > "$OUT/pid"\nexec sleep 60\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path), "DEVICE": "cpu"}
+    command = ["sh", str(ROOT / "benchmarks" / "gpu.sh")]
+    script = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    started = tmp_path / "pid"
+    until(lambda: started.exists() and started.read_text())
+    os.killpg(script.pid, signal.SIGINT)
+    stat = Path(f"/proc/{started.read_text().strip()}/stat")
+    until(lambda: not stat.exists() or " Z " in stat.read_text())
+    assert script.wait(10) != 0
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

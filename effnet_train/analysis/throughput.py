@@ -1,15 +1,8 @@
-"""How fast networks train and evaluate, and in how much memory, beside timm's and torchvision's: all in turn.
-
-Each has a process of its own: so they are compiled beside one another, and nobody's memory is counted as another's.
-"""
+"""How fast networks train and evaluate, beside timm's and torchvision's: all in turn."""
 
 import math
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
@@ -17,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from effnet_train.analysis import roofline
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
@@ -35,8 +27,8 @@ from effnet_train.optim.param_groups import param_groups
 
 LIBRARIES = ("ours", "timm", "torchvision")
 # What `torch.compile` is told: "reduce-overhead" has CUDA graphs.
-_COMPILED: Mapping[str, Mapping[str, Any]] = {"compiled": {}, "reduce-overhead": {"mode": "reduce-overhead"}}
-MODES = ("eager", *_COMPILED)
+COMPILED: Mapping[str, Mapping[str, Any]] = {"compiled": {}, "reduce-overhead": {"mode": "reduce-overhead"}}
+MODES = ("eager", *COMPILED)
 OWN_MODES = ("fused", "graph")  # our training by GPU kernels; and captured as CUDA graphs as well
 _CLASSES = 1000
 _FIRST_CALLS = {"cuda": 5, "cpu": 3}  # that count for nothing: on a GPU the fourth captures graphs
@@ -131,8 +123,8 @@ def build(case: Case) -> Work:
     model.eval()
     if case.library == "ours" and case.mode == "eager":
         model, path = folded(turn(model, case.device == "cpu"), "auto", device=device, precision=case.precision)
-    if case.mode in _COMPILED:
-        model.compile(**_COMPILED[case.mode])
+    if case.mode in COMPILED:
+        model.compile(**COMPILED[case.mode])
     images = _images(case, device)
 
     @torch.inference_mode()
@@ -181,8 +173,8 @@ def _training(case: Case, model: nn.Module, device: torch.device) -> Work:
         optimizer = torch.optim.RMSprop(param_groups(model, _DECAY), lr=_LR, **_RMSPROP)
         criterion = nn.CrossEntropyLoss(label_smoothing=_SMOOTHING)
         update = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY), use_buffers=True).update_parameters
-    if case.mode in _COMPILED:
-        model.compile(**_COMPILED[case.mode])
+    if case.mode in COMPILED:
+        model.compile(**COMPILED[case.mode])
     images = _images(case, device)
 
     def run() -> None:
@@ -202,8 +194,8 @@ def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.
 
     turn(model, case.device == "cpu")
     ema = EMA(model, _EMA_DECAY)
-    if case.mode in _COMPILED:
-        model.compile(**_COMPILED[case.mode])
+    if case.mode in COMPILED:
+        model.compile(**COMPILED[case.mode])
     state = TrainState(
         model=model,
         ema=ema,
@@ -227,16 +219,23 @@ def _our_step(case: Case, model: nn.Module, labels: torch.Tensor, device: torch.
 
 
 def interleaved(
-    works: Mapping[str, Timed], *, rounds: int, seconds: float, told: Callable[[str], None] = lambda _: None
+    works: Mapping[str, Timed],
+    *,
+    rounds: int,
+    seconds: float,
+    told: Callable[[str], None] = lambda _: None,
+    quiet: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return the seconds of one call of each work in each of `rounds`; in each, all are measured for `seconds` in turn.
 
-    So a machine that gets slower does so for all. What comes first (compiling, choosing algorithms) does not count.
+    So a machine that gets slower does so for all. What comes first (compiling, choosing algorithms) does not count, and
+    `quiet` waits, before the first round, for what else is at work.
     """
     counts = {}
     for name, work in works.items():
         counts[name] = max(1, round(seconds / work.prepared()))
         told(f"{name} is ready")
+    quiet()
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds):
         for name, work in works.items():
@@ -251,86 +250,3 @@ def ratios(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, fl
         name: median(other / own for own, other in zip(found, times[reference], strict=True))
         for name, found in times.items()
     }
-
-
-class Elsewhere:
-    """A case in a process of its own; `peak` and `path` are there when it is prepared.
-
-    The peak are the bytes that it takes: weights, optimizer, average, activations. On a GPU what its allocator gives
-    out, on a CPU by how much the process grows.
-    """
-
-    def __init__(self, case: Case, set_up: Callable[[], object]) -> None:
-        self.peak, self.path = 0, PLAIN
-        self._case = case
-        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=set_up)
-        # Compiling takes minutes and little memory of the device; the others get ready meanwhile, one after another.
-        self._started = self._begin() if case.mode in _COMPILED else None
-
-    def prepared(self) -> float:
-        """Wait until the case can be measured, and return the seconds of a call."""
-        once, self.peak, self.path = (self._started or self._begin()).result()
-        return once
-
-    def timed(self, count: int) -> float:
-        """Return the seconds of `count` calls."""
-        return self._process.submit(_repeat, count).result()
-
-    def kinds(self) -> dict[str, float]:
-        """Return where the time goes, by kinds of layers."""
-        return self._process.submit(_kinds, self._case.device).result()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.shutdown()
-
-    def _begin(self) -> Future[tuple[float, int, str]]:
-        return self._process.submit(_begin, self._case)
-
-
-_works: list[Work] = []  # of this process, the one that it measures
-
-
-def _begin(case: Case) -> tuple[float, int, str]:
-    before = 0 if case.device == "cuda" else _resident_before(case)
-    work = build(case)
-    _works.append(work)
-    once = work.prepared()
-    if case.device == "cpu":
-        return once, _status("VmHWM") - before, work.path
-    torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, and their work space does not count
-    work.run()
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.empty_cache()
-    return once, peak, work.path
-
-
-def _repeat(count: int) -> float:
-    work = _works[0]
-    if work.device == "cpu":
-        return work.timed(count)
-    work.timed(1)  # takes its memory again
-    seconds = work.timed(count)
-    torch.cuda.empty_cache()  # for the others
-    return seconds
-
-
-def _kinds(device: str) -> dict[str, float]:
-    return roofline.by_kind(_works[0].run, device)
-
-
-def _resident_before(case: Case) -> int:
-    """Return the bytes of this process when it has imported and set up all that the case needs, but nothing of it."""
-    small: dict[str, Any] = {"resolution": 32, "batch_size": 2, "mode": "eager"}
-    if case.library == "ours":
-        small["config"] = {**case.config, "width": 0.25, "depth": 0.25}
-    build(replace(case, **small)).run()
-    before = _status("VmRSS")
-    with suppress(OSError):  # where it may not be written, the peak so far counts, which a step exceeds
-        Path("/proc/self/clear_refs").write_text("5")
-    return before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

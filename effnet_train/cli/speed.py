@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from effnet_train.cli.outputs import results_file, write_results
 
 if TYPE_CHECKING:  # the command's help comes without torch
+    from effnet_train.analysis.elsewhere import Elsewhere
     from effnet_train.analysis.roofline import Device
-    from effnet_train.analysis.throughput import Case, Elsewhere
+    from effnet_train.analysis.throughput import Case
 
 _REFERENCE = "timm"
 _VARIANTS = {"cuda": ["b0", "b4", "b6"], "cpu": ["b0"]}
@@ -53,7 +54,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     import torch
 
     from effnet_train.analysis import data_speed, roofline
-    from effnet_train.analysis.throughput import Elsewhere
+    from effnet_train.analysis.elsewhere import Elsewhere
     from effnet_train.cli import build, check
     from effnet_train.distributed import resolve_device
 
@@ -68,6 +69,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     cases = _cases(config, training, device, precision)
     file = results_file(config["output"])
     capacity = roofline.measure_device(device, precision)
+    torch.cuda.empty_cache()  # a gigabyte, which the contenders may need; does nothing on a CPU
     result: dict[str, Any] = {
         "machine": {**data_speed.machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None},
         "device": {"kind": device, "threads": torch.get_num_threads(), **vars(capacity)},
@@ -77,15 +79,20 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     print(f"copies {capacity.bytes_per_s / 1e9:,.1f} GB/s, products {capacity.flops_per_s / 1e12:,.2f} TFLOP/s")
     set_up = partial(_set_up, config["threads"], precision, device)
     works = {name: {case.name: Elsewhere(case, set_up) for case in measured} for name, measured in cases.items()}
-    for name, measured in cases.items():
-        rows = _rows(measured, works[name], config, capacity)
-        result["rows"] += rows
-        print(_table(name, rows), flush=True)
-    write_results(file, result)
+    everyone = [work for contenders in works.values() for work in contenders.values()]
+    try:
+        for name, measured in cases.items():
+            rows = _rows(measured, works[name], everyone, config, capacity)
+            result["rows"] += rows
+            print(_table(name, rows), flush=True)
+            write_results(file, result)  # the next variant may fail, or find no time
+    finally:
+        for work in everyone:
+            work.close()
 
 
 def _check_lists(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an empty list, a name that is none, and a duration that is none."""
+    """Raise ValueError for an empty list, a name that is none or there twice, and a duration that is none."""
     from effnet_train.analysis.throughput import LIBRARIES, MODES, OWN_MODES
     from effnet_train.cli import build
 
@@ -96,6 +103,8 @@ def _check_lists(config: Mapping[str, Any]) -> None:
             continue
         if not given:
             raise ValueError(f"{key}=[] names none: choose among {', '.join(names)}")
+        if len(set(given)) < len(given):
+            raise ValueError(f"{key}=[{','.join(map(str, given))}] names one twice: name each once")
         for name in given:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
@@ -151,18 +160,28 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
 
 
 def _rows(
-    cases: Sequence["Case"], works: Mapping[str, "Elsewhere"], config: Mapping[str, Any], capacity: "Device"
+    cases: Sequence["Case"],
+    works: Mapping[str, "Elsewhere"],
+    everyone: Sequence["Elsewhere"],
+    config: Mapping[str, Any],
+    capacity: "Device",
 ) -> list[dict[str, Any]]:
-    """Measure the cases of one variant in turn and return a row of each."""
+    """Measure the cases of one variant in turn, while `everyone` else rests, and return a row of each."""
     from statistics import median
 
     import torch
 
-    from effnet_train.analysis import roofline, throughput
+    from effnet_train.analysis import elsewhere, roofline, throughput
     from effnet_train.models.efficientnet import EfficientNet
 
     first = cases[0]
-    times = throughput.interleaved(works, rounds=config["rounds"], seconds=config["seconds"], told=_told)
+    times = throughput.interleaved(
+        works,
+        rounds=config["rounds"],
+        seconds=config["seconds"],
+        told=_told,
+        quiet=partial(elsewhere.rest, everyone),
+    )
     reference = _REFERENCE if _REFERENCE in times else first.name
     faster = throughput.ratios(times, reference)
     with torch.device("meta"):

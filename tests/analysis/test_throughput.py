@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -29,9 +28,10 @@ def test_all_are_measured_in_turn_and_ratios_are_within_a_round(monkeypatch):
 
         return Work(run, "cpu")
 
-    times = throughput.interleaved({"timm": work("timm", 0.02), "ours": work("ours", 0.01)}, rounds=3, seconds=0.1)
-    assert order[:6] == ["timm"] * 3 + ["ours"] * 3
-    assert order[6:] == (["timm"] * 5 + ["ours"] * 10) * 3
+    works = {"timm": work("timm", 0.02), "ours": work("ours", 0.01)}
+    times = throughput.interleaved(works, rounds=3, seconds=0.1, quiet=lambda: order.append("quiet"))
+    assert order[:7] == ["timm"] * 3 + ["ours"] * 3 + ["quiet"]
+    assert order[7:] == (["timm"] * 5 + ["ours"] * 10) * 3
     assert times["timm"] == pytest.approx([0.02] * 3)
     assert throughput.ratios(times, "timm") == pytest.approx({"timm": 1.0, "ours": 2.0})
     drifting = {"timm": [1.0, 2.0, 9.0], "ours": [0.5, 1.0, 4.5]}
@@ -61,39 +61,6 @@ def test_libraries_have_what_they_have():
     assert [throughput.has(library, "b0") for library in throughput.LIBRARIES] == [True, True, True]
     assert [throughput.has(library, "lite0") for library in throughput.LIBRARIES] == [True, True, False]
     assert [throughput.has(library, "nano") for library in throughput.LIBRARIES] == [True, False, False]
-
-
-def prepared(case: Case) -> throughput.Elsewhere:
-    work = throughput.Elsewhere(case, partial(torch.set_num_threads, 1))
-    assert work.prepared() > 0
-    work.close()
-    return work
-
-
-@pytest.mark.slow
-def test_a_process_of_its_own_measures_the_same_work():
-    work = throughput.Elsewhere(replace(CASE, training=False), partial(torch.set_num_threads, 1))
-    once = work.prepared()
-    assert work.timed(20) == pytest.approx(20 * once, rel=0.8)
-    assert work.path == throughput.build(replace(CASE, training=False)).path != "plain"
-    assert sum(work.kinds().values()) == pytest.approx(1, abs=0.01)
-    work.close()
-
-
-@pytest.mark.slow
-def test_what_fails_in_a_process_fails_here():
-    with pytest.raises(TypeError, match="wdith"):
-        throughput.Elsewhere(replace(CASE, config={"wdith": 1}), partial(torch.set_num_threads, 1)).prepared()
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_one_process_and_grows_with_the_batch():
-    small, large = (prepared(replace(CASE, batch_size=n, resolution=64)).peak for n in (2, 64))
-    cost = complexity(EfficientNet(**CONFIG), 64)
-    weights = 4 * 4 * cost.parameters  # weights, average, two slots; gradients are gone before the activations peak
-    assert 0.5 * weights < small < 4 * weights
-    # At least every convolution's output once, at most all that a network without tricks keeps, and twice the largest.
-    assert 1 < (large - small) / (62 * 4 * cost.activations) < 5
 
 
 def test_batch_sizes_are_powers_of_two_that_shrink_with_the_variant():

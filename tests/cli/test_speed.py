@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from effnet_train.analysis import roofline
+from effnet_train.analysis import elsewhere, roofline
 
 TINY = ("resolution=32", "batch_size=2", "rounds=1", "seconds=0.001")
 
@@ -54,6 +54,36 @@ def test_memory_and_precision(cli, tmp_path):
     assert row["kinds"] is None
 
 
+def test_what_is_measured_is_kept_when_the_next_fails_and_nobody_is_left(cli, tmp_path, monkeypatch):
+    closed = set()
+
+    class Contender:
+        path, peak = "plain", 0
+
+        def __init__(self, case, _):
+            self.case = case
+
+        def prepared(self):
+            if self.case.variant == "b0":
+                raise ChildProcessError("it died")
+            return 0.1
+
+        def rest(self):
+            assert not closed
+
+        def timed(self, count):
+            return 0.1 * count
+
+        def close(self):
+            closed.add(self.case.name + self.case.variant)
+
+    monkeypatch.setattr(elsewhere, "Elsewhere", Contender)
+    found = cli("bench", "train", "models=[nano,b0]", *TINY, "kinds=false", "output=out.json")
+    assert (found.status, "it died" in found.err) == (2, True)
+    assert [row["variant"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["nano"]
+    assert closed == {"oursnano", "oursb0", "timmb0", "torchvisionb0"}
+
+
 def test_latency_is_of_one_image_in_one_thread(cli, tmp_path):
     words = ("resolution=32", "rounds=1", "seconds=0.001", "libraries=[ours,timm]", "output=out.json")
     found = cli("bench", "latency", *words)
@@ -68,9 +98,13 @@ def test_latency_is_of_one_image_in_one_thread(cli, tmp_path):
     [
         (["models=[b9]"], "models has b9, which is not known: did you mean b"),
         (["models=[]"], "models=[] names none"),
+        (["modes=[eager,eager]"], "modes=[eager,eager] names one twice: name each once"),
         (["models=[resnet50]"], "models has resnet50, which is no EfficientNet"),
         (["libraries=[keras]"], "libraries has keras, which is not known"),
-        (["modes=[x]"], "modes has x, which is not known: The choices are eager, compiled, fused, graph"),
+        (
+            ["modes=[x]"],
+            "modes has x, which is not known: The choices are eager, compiled, reduce-overhead, fused, graph",
+        ),
         (["modes=[eager,fused]"], "modes has fused, which is training on a GPU: leave it away, or give device=cuda"),
         (["seconds=0"], "seconds=0 must be more than 0"),
         (["rounds=0"], "rounds=0 must be at least 1"),

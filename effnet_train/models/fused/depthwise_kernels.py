@@ -182,6 +182,7 @@ def input_gradient(
     """
     program, cols = place(C, BC)
     AHEAD: tl.constexpr = ROWS_AHEAD // STRIDE
+    SUMS: tl.constexpr = max(K, STRIDE)
     weights = all_weights(weight, cols, C, K, ACC)
     if x is not None:
         mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
@@ -194,7 +195,7 @@ def input_gradient(
         sample, column = columns // width, columns % width
         at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
         at_image = sample.to(tl.int64) * out_height * out_width * C + cols[None, :]
-        sums = zeros(K, BM, BC, ACC)  # of the input's rows t * STRIDE - top, and on
+        sums = zeros(SUMS, BM, BC, ACC)  # of the input's rows t * STRIDE - top, and on
         coming = ()
         own_coming = ()
         for t in tl.static_range(AHEAD):
@@ -211,7 +212,7 @@ def input_gradient(
                 more = ()
                 for di in tl.static_range(K):
                     more = more + (sums[di] + value * weights[di * K + dj],)
-                sums = more
+                sums = more + sums[K:]
             coming = coming[K:]
             for s in tl.static_range(STRIDE):
                 row = t * STRIDE - top + s

@@ -14,10 +14,10 @@ def activated(b, ACT: tl.constexpr):
     """Return the activation of `b`; any name but these three stands for none."""
     if ACT == "swish":
         return b * tl.sigmoid(b)
-    elif ACT == "relu6":
-        return tl.minimum(tl.maximum(b, 0.0), 6.0)
+    elif ACT == "relu6":  # not `tl.maximum`, which makes a number of NaN
+        return tl.where(b < 0.0, 0.0, tl.where(b > 6.0, 6.0, b))
     elif ACT == "relu":
-        return tl.maximum(b, 0.0)
+        return tl.where(b < 0.0, 0.0, b)
     else:
         return b
 

@@ -126,6 +126,17 @@ def test_what_is_dropped_may_be_infinite(device: torch.device) -> None:
     assert torch.equal(y, torch.zeros_like(y))
 
 
+@pytest.mark.parametrize("act", ["swish", "relu6", "relu", "none"])
+def test_what_is_no_number_stays_none(device: torch.device, act: str) -> None:
+    """A loss that is NaN stops a run: no activation may make a number of it."""
+    module = randomised(conv_norm(act, 2), device)
+    x = numbers(2, 2, 2, 2, device=device)
+    x[0, 1, 0, 0] = torch.nan
+    y = layers.norm_act(module, x)
+    assert y[:, 1].isnan().all()
+    assert y[:, 0].isfinite().all()
+
+
 def test_many_parts_add_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_PROGRAMS", 6)
     monkeypatch.setattr(launch, "_MOST_PARTS", 3)
@@ -160,15 +171,23 @@ def test_a_single_value_a_channel_is_refused_as_by_the_plain_layer(device: torch
 # --- depthwise convolution
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize(
-    ("stride", "shape", "padding"),
+    ("kernel", "stride", "shape", "padding"),
     [
-        (1, (1, 3, 4, 6), "same"),
-        (2, (2, 3, 6, 8), "same"),  # asymmetric
-        (2, (2, 3, 7, 5), "same"),
-        (2, (1, 3, 6, 6), "symmetric"),
-        (2, (1, 20, 1, 2), "same"),  # smaller than the kernel
+        *(
+            (kernel, *rest)
+            for kernel in (3, 5)
+            for rest in (
+                (1, (1, 3, 4, 6), "same"),
+                (2, (2, 3, 6, 8), "same"),  # asymmetric
+                (2, (2, 3, 7, 5), "same"),
+                (2, (1, 3, 6, 6), "symmetric"),
+                (2, (1, 20, 1, 2), "same"),  # smaller than the kernel
+            )
+        ),
+        (7, 1, (1, 3, 5, 4), "same"),
+        (7, 2, (2, 3, 6, 9), "same"),
+        (1, 2, (1, 3, 4, 5), "same"),  # pixels that no weight sees
     ],
 )
 def test_depthwise(device: torch.device, kernel: int, stride: int, shape: tuple[int, ...], padding: str) -> None:
