@@ -1,8 +1,8 @@
 #!/bin/bash
-# The studies of docs/recipes.md on CIFAR-10: finetune, fixres, progressive or soup, over three seeds.
+# The studies of docs/recipes.md on CIFAR-10: finetune, fixres, progressive or soup, over SEEDS="0 1 2".
 #   scripts/recipes_cifar10.sh STUDY [RUN_ROOT [words for the data set]]
 # Those are data=cifar10 if none are given, which downloads it; of other kinds with preprocess@data.preprocess=small. finetune
-# wants LITE0=/path/efficientnet-lite0-57934424.pth. Interrupted however, the same command goes on.
+# and progressive want LITE0=/path/efficientnet-lite0-57934424.pth. Interrupted however, the same command goes on.
 set -euo pipefail
 study=$1 root=${2:-runs/recipes} data=("${@:3}")
 [[ $# -gt 2 ]] || data=(data=cifar10)
@@ -16,10 +16,11 @@ train() { # name, overrides
 }
 score() { effnet-eval checkpoint="$root/$1" output="$root/$1.json" device=cpu "${@:2}"; } # name, overrides
 
-finetune() { # Lite0 on a tenth of the images: the published weights, and from scratch, for as many steps
-    local lite=(model=lite0 model.resolution=96 data.minival=45000 epochs=6 batch_size=64 evaluate_every.epochs=6)
-    lite+=("data.preprocess.mean=[0.498039,0.498039,0.498039]" "data.preprocess.std=[0.501961,0.501961,0.501961]")
-    lite+=(recipe=finetune schedule=cosine schedule.warmup_epochs=0.5 augment=small ema_decay=0.99 model.bn_momentum=0.1)
+# Lite0 on a tenth of the images.
+lite=(model=lite0 model.resolution=96 data.minival=45000 epochs=6 batch_size=64 evaluate_every.epochs=6)
+lite+=("data.preprocess.mean=[0.498039,0.498039,0.498039]" "data.preprocess.std=[0.501961,0.501961,0.501961]")
+lite+=(recipe=finetune schedule=cosine schedule.warmup_epochs=0.5 augment=small ema_decay=0.99 model.bn_momentum=0.1)
+finetune() { # the published weights, and from scratch, for as many steps
     train "tuned-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0"
     train "scratch-seed$1" "${lite[@]}" seed="$1" new_classifier=false schedule.lr_per_256=0.016
 }
@@ -31,9 +32,9 @@ fixres() { # trained at 24 pixels, tested at more, adapted to more
         score "fixres-$size-seed$1"
     done
 }
-progressive() { # 32 pixels throughout, and 16 to 32
-    train "whole-seed$1" "${short[@]}" seed="$1" model.resolution=32
-    train "growing-seed$1" "${short[@]}" seed="$1" model.resolution=32 progressive.stages=4 progressive.resolution=16
+progressive() { # fine-tuned at 96 pixels throughout, and at 48 to 96
+    train "whole-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0"
+    train "growing-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0" progressive.stages=4 progressive.resolution=48
 }
 soup() { # one training fine-tuned at four rates, then averaged; 5,000 images choose
     local held=("${short[@]}" model.resolution=32 data.minival=5000) members=()
@@ -50,6 +51,6 @@ soup() { # one training fine-tuned at four rates, then averaged; 5,000 images ch
     done
 }
 case $study in
-    finetune | fixres | progressive | soup) for seed in 0 1 2; do "$study" $seed; done ;;
+    finetune | fixres | progressive | soup) for seed in ${SEEDS:-0 1 2}; do "$study" "$seed"; done ;;
     *) echo "STUDY=$study must be finetune, fixres, progressive or soup" >&2; exit 2 ;;
 esac
