@@ -1,8 +1,8 @@
 #!/bin/bash
 # The studies of docs/recipes.md on CIFAR-10: finetune, fixres, progressive or soup, over SEEDS="0 1 2".
 #   scripts/recipes_cifar10.sh STUDY [RUN_ROOT [words for the data set]]
-# Those are data=cifar10 if none are given, which downloads it; of other kinds with preprocess@data.preprocess=small. all but soup want
-# LITE0=/path/efficientnet-lite0-57934424.pth. Interrupted however, the same command goes on.
+# Those are data=cifar10 if none are given, which downloads it; of other kinds with preprocess@data.preprocess=small. finetune and
+# progressive want LITE0=/path/efficientnet-lite0-57934424.pth. Interrupted however, the same command goes on.
 set -euo pipefail
 study=$1 root=${2:-runs/recipes} data=("${@:3}")
 [[ $# -gt 2 ]] || data=(data=cifar10)
@@ -16,28 +16,26 @@ train() { # name, overrides
 }
 score() { effnet-eval checkpoint="$root/$1" output="$root/$1.json" device=cpu "${@:2}"; } # name, overrides
 
-# Lite0's published weights, fine-tuned on a tenth of the images at 96 pixels.
-small=(model=lite0 data.minival=45000 "data.preprocess.mean=[0.498039,0.498039,0.498039]")
-small+=("data.preprocess.std=[0.501961,0.501961,0.501961]")
-lite=("${small[@]}" model.resolution=96 epochs=6 batch_size=64 evaluate_every.epochs=6)
-lite+=(recipe=finetune schedule=cosine schedule.warmup_epochs=0.5 augment=small ema_decay=0.99 model.bn_momentum=0.1)
+# Lite0's published weights, fine-tuned at 64 pixels on a fifth of the images, each seen once.
+lite=(model=lite0 model.resolution=64 epochs=0.2 batch_size=64 evaluate_every.epochs=0.2)
+lite+=("data.preprocess.mean=[0.498039,0.498039,0.498039]" "data.preprocess.std=[0.501961,0.501961,0.501961]")
+lite+=(recipe=finetune schedule=cosine schedule.warmup_epochs=0.02 augment=small ema_decay=0.99 model.bn_momentum=0.1)
 tuned() { train "tuned-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0"; }
 finetune() { # beside the same network from scratch, for as many steps
     tuned "$1"
     train "scratch-seed$1" "${lite[@]}" seed="$1" new_classifier=false schedule.lr_per_256=0.016
 }
-fixres() { # tested at other sizes, as it is and adapted
-    tuned "$1"
-    score "tuned-seed$1" "resolution=[80,96,112,128,144,160]" picture="$root/tuned-seed$1.png"
-    for size in 112 128 144; do
-        train "fixres-$size-seed$1" "${small[@]}" recipe=fixres model.resolution=$size batch_size=64 seed="$1" \
-            init_from="$root/tuned-seed$1"
+fixres() { # trained at 24 pixels, tested at more, adapted to more
+    train "small-seed$1" "${short[@]}" seed="$1" model.resolution=24
+    score "small-seed$1" "resolution=[20,24,28,32,36,40]" picture="$root/small-seed$1.png"
+    for size in 28 32 36; do
+        train "fixres-$size-seed$1" model=nano recipe=fixres model.resolution=$size seed="$1" init_from="$root/small-seed$1"
         score "fixres-$size-seed$1"
     done
 }
-progressive() { # beside 48 to 96 pixels
+progressive() { # beside 32 to 64 pixels
     tuned "$1"
-    train "growing-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0" progressive.stages=4 progressive.resolution=48
+    train "growing-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0" progressive.stages=4 progressive.resolution=32
 }
 soup() { # one training fine-tuned at four rates, then averaged; 5,000 images choose
     local held=("${short[@]}" model.resolution=32 data.minival=5000) members=()
