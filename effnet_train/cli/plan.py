@@ -48,7 +48,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
-        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
+        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source, key="init_from")
         model = build.build_model(cfg.model, classes)
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)

@@ -334,7 +334,10 @@ def test_searches_are_compared(cli: Cli, words: list[str], monkeypatch: pytest.M
         ("run limits.flops=-1", "limits.flops=-1 must be above 0, or null for none"),
         ("run epochs=0", "epochs=0 must be more than 0"),
         ("run schedule.warmup_epochs=2", "schedule.warmup_epochs=2 is not shorter than the run of epochs=1"),
-        ("run data=imagenet data.root=nowhere 'data.expected={classes: 3, train: 9}'", "data.root=nowhere does not exist"),
+        (
+            "run data=imagenet data.root=nowhere 'data.expected={classes: 3, train: 9}'",
+            "data.root=nowhere does not exist",
+        ),
         ("run round=0", "round=0 must be at least 1"),
         ("report search=nowhere", "search=nowhere holds no trials.jsonl: give the folder of an effnet-search run"),
         ("report search=[]", "search=[] is empty: give the searches' folders"),
