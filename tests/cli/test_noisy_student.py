@@ -175,6 +175,11 @@ def test_what_cannot_be_is_told(
         shutil.copy(file, fewer)
     moved = cli("train", *base, "pseudo.labels=labels", f"pseudo.root={fewer}")
     assert (moved.status, "holds 39 images and 40 were labelled" in moved.err) == (2, True)
+    gone = cli("train", *base, "pseudo.labels=labels", "pseudo.root=gone")
+    assert (gone.status, "which does not exist: give pseudo.root=, the place" in gone.err) == (
+        2,
+        True,
+    )
     for split in ("train", "val"):
         for name in "013":
             shutil.copytree(few_digits / split / name, tmp_path / "other" / split / name)
