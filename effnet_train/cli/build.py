@@ -287,10 +287,12 @@ def model_variants() -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_weights(name: str, session: Session, *, which: str = "ema", source: str | None = None) -> Weights:
+def read_weights(
+    name: str, session: Session, *, which: str = "ema", source: str | None = None, key: str = "checkpoint"
+) -> Weights:
     """Read weights from a file, a folder, or by name; rank 0 first, which may download them."""
     with session.main_first():
-        return load_weights(name, which, source=source, variants=model_variants())
+        return load_weights(name, which, source=source, variants=model_variants(), key=key)
 
 
 def load_model(

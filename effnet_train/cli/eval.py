@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.cli.app import command, run_rank
 from effnet_train.cli.checkpoint_data import data_config, without_preprocess
-from effnet_train.cli.eval_sweep import check_sweep, is_sweep, report_sweep, sizes_of
+from effnet_train.cli.eval_sweep import attack_line, check_sweep, is_sweep, report_sweep, sizes_of
 
 if TYPE_CHECKING:  # the commands' help comes without torch
     from torch import nn
@@ -299,8 +299,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
         }
         for part in parts
     ]
-    several, attack = len(parts) > 1, Attack(**config["attack"])
-    attacked = {**config["attack"], "steps": attack.count} if attack.epsilon else {}
+    several, attacked = len(parts) > 1, Attack(**config["attack"]).record()
     record = {
         **({key: [member[key] for member in members] for key in members[0]} if several else members[0]),
         **{key: config[key] for key in ("split", "classes", "crops", "flip")},
@@ -315,7 +314,7 @@ def report(config: Config, parts: Sequence[Part], results: Mapping[str, "Metrics
             f"{part.network}{alone}"
         )
     if attacked:
-        print("  attacked  " + ", ".join(f"{key} {value:g}" for key, value in attacked.items()))
+        print(attack_line(attacked))
     _print_scores(_last(results), _views(config, len(parts)))
     _write_record(config, parts, record)
 

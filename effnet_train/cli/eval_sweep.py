@@ -51,8 +51,12 @@ def check_sweep(config: Mapping[str, Any], checkpoints: int) -> None:
 
 def report_sweep(config: Mapping[str, Any], part: "Part", found: Mapping[int, "Metrics"]) -> dict[str, Any]:
     """Print the scores at each resolution as a table, draw them if asked, and return the record."""
-    trained_at = part.preprocess.resolution
+    from effnet_train.engine.adversarial import Attack
+
+    trained_at, attacked = part.preprocess.resolution, Attack(**config["attack"]).record()
     print(f"{part.label} ({part.whose}), {config['split']}, {part.network}")
+    if attacked:
+        print(attack_line(attacked))
     print("\n".join(sweep_lines(found, trained_at)))
     if config["picture"]:
         from effnet_train.analysis.sweep import sweep_picture
@@ -64,8 +68,14 @@ def report_sweep(config: Mapping[str, Any], part: "Part", found: Mapping[int, "M
     return {
         **{"checkpoint": part.label, "weights": part.which, "step": part.step, "network": part.network},
         **{key: config[key] for key in ("split", "classes", "crops", "flip")},
+        **({"attack": attacked} if attacked else {}),
         **sweep_record(found),
     }
+
+
+def attack_line(attacked: Mapping[str, float]) -> str:
+    """Word the attack that scores are under."""
+    return "  attacked  " + ", ".join(f"{key} {value:g}" for key, value in attacked.items())
 
 
 def best_size(found: Mapping[int, "Metrics"]) -> int:

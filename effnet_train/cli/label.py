@@ -129,7 +129,8 @@ def _summary(manifest: Mapping[str, Any], folder: Path) -> str:
     counts = manifest["of_each_class"]
     empty = [name for name, count in zip(manifest["classes"], counts, strict=True) if not count]
     if empty:
-        print(f"warning: {len(empty)} classes have no image: {', '.join(empty[:5])}", file=sys.stderr)
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        print(f"warning: {len(empty)} classes have no image: {shown}", file=sys.stderr)
     return (
         f"{manifest['kept']:,} of {manifest['images']:,} images kept at confidence={manifest['confidence']}, "
         f"{manifest['chosen']:,} with duplicates, {min(counts):,} to {max(counts):,} of a class: {folder}"

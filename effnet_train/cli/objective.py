@@ -41,7 +41,7 @@ def check_objective(cfg: DictConfig) -> None:
             "model.fused=false"
         )
     if teacher is not None and not is_name(teacher):
-        find_checkpoint(Path(teacher))
+        find_checkpoint(Path(teacher), "distill.teacher")
 
 
 def build_objective(

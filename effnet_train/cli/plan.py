@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import complexity, training_memory
 from effnet_train.cli import build, run_folder
+from effnet_train.cli.launch import is_remote
 from effnet_train.cli.stages import build_stages, describe_stages, whole_size_steps
 from effnet_train.data.loader import Batch
 from effnet_train.data.preprocess import Preprocess
@@ -47,7 +48,7 @@ def describe(cfg: DictConfig, folder: Path, device: str) -> str:
     precision = build.resolve_precision(cfg.precision, session.device)
     images, classes, source = counts(cfg.data)
     if cfg.init_from is not None:
-        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
+        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source, key="init_from")
         model = build.build_model(cfg.model, classes)
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
@@ -126,6 +127,21 @@ def counts(cfg: DictConfig) -> tuple[int, int, str]:
     if cfg.root.startswith("hub:"):
         raise FileNotFoundError(f"data.root={root}: a plan fetches nothing, set data.expected={{classes: , train: }}")
     raise FileNotFoundError(f"data.root={root} does not exist: set it to a folder with train/<class>/ and val/<class>/")
+
+
+def of_trainings(cfg: DictConfig) -> tuple[Plan, int]:
+    """Return the plan of the trainings that a search starts, and their classes.
+
+    Raises, once and before any of them has been started, what each would of its data, epochs and schedule.
+    """
+    expected = cfg.data.get("expected") or {}
+    # A cluster's nodes may have data that lie on no other machine.
+    if cfg.dry_run or (is_remote() and {"classes", "train"} <= set(expected)):
+        images, classes, _ = counts(cfg.data)
+    else:
+        data = build.build_data(cfg.data, Session())
+        images, classes = len(data.train), len(data.classes)
+    return build.build_plan(cfg, images), classes
 
 
 def _learning_rates(plan: Plan) -> str:

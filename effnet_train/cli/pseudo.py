@@ -83,6 +83,11 @@ def _images(manifest: Mapping[str, Any], pseudo: Pseudo, data: Data, session: Se
     """Return the source of the images that were labelled. Raises ValueError where others lie there."""
     build.check_targets({"data": manifest["data"]}, f"pseudo.labels={pseudo.labels}")
     given = {**manifest["data"], "root": pseudo.root or manifest["data"]["root"]}
+    if "://" not in given["root"] and not given["root"].startswith("hub:") and not Path(given["root"]).exists():
+        raise FileNotFoundError(
+            f"pseudo.labels={pseudo.labels} are of the images in {given['root']}, which does not exist: give "
+            "pseudo.root=, the place where they are now"
+        )
     found = build.build_data(OmegaConf.create(given), session)
     source = found.val if manifest["split"] == "val" else found.train
     if len(source) != manifest["images"] or names_digest(source, given["root"]) != manifest["names_sha256"]:

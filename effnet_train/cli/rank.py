@@ -194,7 +194,7 @@ def _state(
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg.model, len(data.classes))
     if start and cfg.init_from is not None:  # a run that goes on has no more need of it
-        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source)
+        weights = build.read_weights(cfg.init_from, session, source=cfg.init_source, key="init_from")
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)
         build.check_same_settings(cfg, weights.meta)
     if start and session.is_main:

@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from effnet_train.analysis.complexity import Complexity, complexity
-from effnet_train.cli import check, run_folder
-from effnet_train.cli.build import build_data, without_weights
+from effnet_train.cli import check, plan, run_folder
+from effnet_train.cli.build import without_weights
 from effnet_train.cli.launch import config_dir_words, is_remote, training_command, words_beside
 from effnet_train.cli.lock import locked
 from effnet_train.distributed import Session
@@ -67,9 +67,7 @@ def search(cfg: DictConfig) -> None:
     _check_resolution(cfg)
     seeds = config["seeds"] or [config["seed"]]
     check.check_seeds(seeds)
-    classes = (config["data"].get("expected") or {}).get("classes") or len(
-        build_data(config["data"], Session()).classes
-    )
+    _, classes = plan.of_trainings(cfg)
     base, kept, dropped = _candidates(config, classes)
     budget = 2 ** config["phi"] * base.cost.multiply_adds
     print("\n".join(_plan(config, base, kept, dropped, len(seeds), budget)), flush=True)

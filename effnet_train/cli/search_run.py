@@ -62,19 +62,17 @@ def search(cfg: DictConfig) -> None:
     folder = Path(config["run_root"]) / str(config["name"])
     reward, limits = Reward(**config["reward"]), Limits(**config["limits"])
     print("\n".join(_plan(config, space, folder)), flush=True)
+    length, classes = plan.of_trainings(cfg)
     if config["dry_run"]:
-        print(f"cost           {_price(cfg, config, space)}")
+        print(f"cost           {_price(cfg, config, space, length.total_steps * length.batch_size, classes)}")
         return
-    classes = (config["data"].get("expected") or {}).get("classes") or len(
-        build.build_data(config["data"], Session()).classes
-    )
     if config["latency_device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("latency_device=cuda, but torch sees no CUDA device here: use latency_device=cpu")
     with locked(folder, Session()), stop_signals() as asked:
         kept = {key: value for key, value in config.items() if key not in _FREE}
         # A run may be made longer; trials of several lengths are no search.
-        length = {} if config["max_steps"] is None else {"max_steps of a trial": config["max_steps"]}
-        run_folder.claim(folder, {**kept, "base": base, **length})
+        cut = {} if config["max_steps"] is None else {"max_steps of a trial": config["max_steps"]}
+        run_folder.claim(folder, {**kept, "base": base, **cut})
         journal = Journal(folder / JOURNAL)
         watcher = Watcher(folder, config, journal)
         own = Search(
@@ -137,9 +135,8 @@ def _namer(space: Space, model: Mapping[str, Any]) -> Callable[[Stages], str]:
     return partial(same_network, stem_channels=space.stem_channels, width=width, depth=depth)
 
 
-def _price(cfg: DictConfig, config: Mapping[str, Any], space: Space) -> str:
-    """Word what all trainings cost, by the real step of a network of middling cost on this device."""
-    images, classes, _ = plan.counts(cfg.data)
+def _price(cfg: DictConfig, config: Mapping[str, Any], space: Space, images: int, classes: int) -> str:
+    """Word what trainings of so many `images` cost, by the step of a network of middling cost on this device."""
     drawn = [_model(space.decode(tokens), space, config) for tokens in Random(sizes=space.sizes).ask(9)]
     middling = sorted(drawn, key=lambda model: cost_of(model, classes).multiply_adds)[4]
     session = Session(device=torch.device(resolve_device(cfg.device)))
@@ -148,7 +145,7 @@ def _price(cfg: DictConfig, config: Mapping[str, Any], space: Space) -> str:
     assert isinstance(own, DictConfig)
     micro = cfg.batch_size // build.resolve_accumulate(own, 1, session.device, classes, precision)
     rate, timed = plan.images_per_s(own, classes, precision, session, micro)
-    total = config["trials"] * config["epochs"] * images
+    total = config["trials"] * images
     return (
         f"{total:,.3g} images if each trial is trained: about {plan.duration(total / rate / 3600)} of one such device, "
         f"without waiting for data ({timed}, of a network of middling cost: {rate:,.1f} images/s)"
@@ -163,13 +160,14 @@ def _plan(config: Mapping[str, Any], space: Space, folder: Path) -> list[str]:
         if reward["alpha"] == reward["beta"]
         else f"{way} ** {reward['alpha']:g} within and ** {reward['beta']:g} beyond"
     )
+    cut = "" if config["max_steps"] is None else f", cut short after {config['max_steps']:,} steps"
     return [
         f"space          {space.count:,.4g} candidates of {len(space.sizes)} tokens",
         *(f"  {line}" for line in space.describe()),
         f"searcher       {config['searcher']['_target_'].rpartition('.')[2]}, {config['round']} candidates a round",
         f"reward         top-1 * {power}",
         f"limits         {', '.join(f'{key} {value:,.6g}' for key, value in limits.items()) or 'none'}",
-        f"trials         {config['trials']:,}, each of {config['epochs']:g} epochs",
+        f"trials         {config['trials']:,}, each of {config['epochs']:g} epochs{cut}",
         f"folder         {folder}",
     ]
 

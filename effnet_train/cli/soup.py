@@ -51,7 +51,12 @@ def cook(config: Config) -> tuple["nn.Module", dict[str, Any]]:
     from effnet_train.engine.soup import average, greedy
 
     session, names = _session(config), config["average"] or [config["checkpoint"]]
-    members = [build.read_weights(n, session, which=config["weights"], source=config["source"]) for n in names]
+    how = {
+        "which": config["weights"],
+        "source": config["source"],
+        "key": "average" if config["average"] else "checkpoint",
+    }
+    members = [build.read_weights(name, session, **how) for name in names]
     _check_alike(names, members)
     meta = dict(members[0].meta)
     model = build.build_model(meta["model"], len(meta["classes"]))

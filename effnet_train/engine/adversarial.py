@@ -55,6 +55,10 @@ class Attack:
             return self.steps
         return 1 if self.epsilon <= self.step_size else math.ceil(self.epsilon / self.step_size) + 1
 
+    def record(self) -> dict[str, float]:
+        """Return what scores say of the attack they are under; of none, nothing."""
+        return {"epsilon": self.epsilon, "steps": self.count, "step_size": self.step_size} if self.epsilon else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdvProp(Attack):

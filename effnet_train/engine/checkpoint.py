@@ -135,19 +135,19 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, key: str = "checkpoint") -> Path:
     """Return the file meant by `path`: itself; of a folder, a run's `best.pt`, else its newest step, else an export.
 
-    A TensorFlow checkpoint, given by its prefix or its folder, is its `.index` file.
+    A TensorFlow checkpoint, given by its prefix or its folder, is its `.index` file. Errors say that `key` has it.
     """
     if path.is_file():
         return path
-    index = _tensorflow_index(path)
+    index = _tensorflow_index(path, key)
     if index is not None:
         return index
     if not path.is_dir():
         raise CheckpointError(
-            f"checkpoint={path} does not exist: give a .pt or .safetensors file, or a run's folder, or a name "
+            f"{key}={path} does not exist: give a .pt or .safetensors file, or a run's folder, or a name "
             f"({'..., '.join(published.PREFIXES)}...)"
         )
     if (path / BEST).is_file():
@@ -157,10 +157,10 @@ def find_checkpoint(path: Path) -> Path:
         return steps[max(steps)]
     if (path / EXPORT).is_file():
         return path / EXPORT
-    raise CheckpointError(f"checkpoint={path} holds neither {BEST} nor step_*.pt: is it a run's folder?")
+    raise CheckpointError(f"{key}={path} holds neither {BEST} nor step_*.pt: is it a run's folder?")
 
 
-def _tensorflow_index(path: Path) -> Path | None:
+def _tensorflow_index(path: Path, key: str) -> Path | None:
     """Return the `.index` file of a TensorFlow checkpoint's prefix, or of a folder that holds one."""
     beside = Path(f"{path}{_INDEX}")
     if beside.is_file():
@@ -168,7 +168,7 @@ def _tensorflow_index(path: Path) -> Path | None:
     inside = sorted(path.glob(f"*{_INDEX}")) if path.is_dir() else []
     if len(inside) > 1:
         raise CheckpointError(
-            f"checkpoint={path} holds {len(inside)} TensorFlow checkpoints: give one of "
+            f"{key}={path} holds {len(inside)} TensorFlow checkpoints: give one of "
             f"{', '.join(str(index.with_suffix('')) for index in inside)}"
         )
     return inside[0] if inside else None
@@ -191,18 +191,20 @@ def load_weights(
     *,
     source: str | None = None,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
+    key: str = "checkpoint",
 ) -> Weights:
     """Read the `ema` or the `raw` weights of a checkpoint, a run's folder, an export, or of other libraries' weights.
 
     `path` may also be a name, `timm:...`, `torchvision:...` or `hub:...`, which is fetched where it is not here yet.
     For other libraries' weights: `source` says whose they are, where that is not evident (`pretrained.SOURCES`), and
-    `variants` are the model configurations, by name, that they may be of. Raises ValueError, FileNotFoundError.
+    `variants` are the model configurations, by name, that they may be of. `key` is what errors call `path`.
+    Raises ValueError, FileNotFoundError.
     """
     if which not in ("ema", "raw"):
         raise ValueError(f"weights={which} is not known: use ema or raw")
     given = pretrained.given_origin(source)
     name = str(path) if published.is_name(str(path)) else None
-    file = published.fetch(name) if name else find_checkpoint(Path(path))
+    file = published.fetch(name) if name else find_checkpoint(Path(path), key)
     try:
         tensors, meta = _read(file, which)
         if meta is not None:

@@ -91,7 +91,6 @@ def choose(
 
     `about` is what the manifest says besides; its `classes` are the teacher's. Raises ValueError where none is left.
     """
-    (folder / MANIFEST).unlink(missing_ok=True)  # what it tells of is about to change
     # One open at a time: of more images than fit the memory there are more pieces than files may be open.
     paths = sorted((folder / _PIECES).glob("*.npy"))
     likeliest = [(part.argmax(axis=1), part.max(axis=1).astype(np.float32)) for part in map(np.load, paths)]
@@ -103,6 +102,7 @@ def choose(
             f"confidence={threshold} leaves none of the {len(source):,} images, the most confident has "
             f"{confidences.max():.3f}: lower it"
         )
+    (folder / MANIFEST).unlink(missing_ok=True)  # what it tells of is about to change
     unique, rows, times = np.unique(images, return_inverse=True, return_counts=True)
     chosen = np.stack([images, labels[images], rows.reshape(-1)], axis=1).astype(np.int64)
     write_atomically(folder / CHOSEN, partial(np.save, arr=chosen))

@@ -18,6 +18,7 @@ PREFIXES = ("timm:", "torchvision:", "hub:")
 ARCHITECTURE = re.compile(r"(tf_)?efficientnet_(b[0-7]|lite[0-4])")
 _LUKEMELAS = re.compile(r"(adv-)?efficientnet-b[0-7]-[0-9a-f]{8}\.pth")
 _HASHED = re.compile(r".+-([0-9a-f]{8,})\.\w+")
+_SHOWN = 20  # of choices, where none is close; timm has 1,500
 _CFG_KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation")
 
 
@@ -248,4 +249,5 @@ def _unfetched(name: str, what: str, cache_folder: str, error: Exception) -> Fil
 
 def _closest(name: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"the choices are {', '.join(choices)}"
+    more = f" and {len(choices) - _SHOWN:,} more" if len(choices) > _SHOWN else ""
+    return f"did you mean {' or '.join(close)}?" if close else f"the choices are {', '.join(choices[:_SHOWN])}{more}"

@@ -77,7 +77,7 @@ def assert_refused(done: Any, message: str) -> None:
         pytest.param(
             "checkpoint.keep=0", "checkpoint.keep=0: at least 1 must stay, to resume from", marks=pytest.mark.slow
         ),
-        ("init_from=nowhere", "checkpoint=nowhere does not exist: give a .pt or .safetensors file, or a run's folder"),
+        ("init_from=nowhere", "init_from=nowhere does not exist: give a .pt or .safetensors file, or a run's folder"),
     ],
 )
 def test_bad_input_is_refused_and_claims_no_folder(cli: Cli, tiny: list[str], overrides: str, message: str) -> None:

@@ -47,6 +47,13 @@ def test_each_size_is_scored_as_alone(cli: Cli, run: Path, tmp_path: Path) -> No
         assert picture.size == (960, 600)
 
 
+def test_scores_under_attack_say_so(cli: Cli, run: Path) -> None:
+    done = cli("eval", f"checkpoint={run}", "resolution=[24,32]", "attack.epsilon=3", *ONE)
+    assert done.status == 0, done.err
+    assert "  attacked  epsilon 3, steps 4, step_size 1\n" in done.out
+    assert json.loads((run / "eval.json").read_text())["attack"] == {"epsilon": 3, "steps": 4, "step_size": 1}
+
+
 def test_the_best_is_the_smallest_of_the_highest() -> None:
     found = {32: metrics(0.5), 64: metrics(0.7), 48: metrics(0.7), 24: metrics(0.1)}
     assert best_size(found) == 48

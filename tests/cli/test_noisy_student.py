@@ -162,8 +162,12 @@ def test_what_cannot_be_is_told(
     early = cli("train", *base, "pseudo.labels=labels")
     assert (early.status, "let effnet-label output=labels come to its end first" in early.err) == (2, True)
     assert cli("train", *tiny, "name=weak").status == 0
-    high = cli("label", "checkpoint=weak", f"data.root={unlabelled}", *WORDS[:-2], "confidence=0.9", "output=none")
+    weak = ("label", "checkpoint=weak", f"data.root={unlabelled}", *WORDS[:-2], "output=none")
+    assert cli(*weak, "confidence=0").status == 0
+    before = written(Path("none"))
+    high = cli(*weak, "confidence=0.9")
     assert (high.status, "confidence=0.9 leaves none of the 40 images" in high.err) == (2, True)
+    assert written(Path("none")) == before  # nothing was chosen anew: what was stays
     assert label().status == 0
     fewer = tmp_path / "fewer"
     fewer.mkdir()
@@ -171,6 +175,11 @@ def test_what_cannot_be_is_told(
         shutil.copy(file, fewer)
     moved = cli("train", *base, "pseudo.labels=labels", f"pseudo.root={fewer}")
     assert (moved.status, "holds 39 images and 40 were labelled" in moved.err) == (2, True)
+    gone = cli("train", *base, "pseudo.labels=labels", "pseudo.root=gone")
+    assert (gone.status, "which does not exist: give pseudo.root=, the place" in gone.err) == (
+        2,
+        True,
+    )
     for split in ("train", "val"):
         for name in "013":
             shutil.copytree(few_digits / split / name, tmp_path / "other" / split / name)

@@ -240,6 +240,7 @@ def test_equals_share_a_rank() -> None:
         (("phi=0",), "phi=0 must be above 0"),
         (("tolerance=0.01", "step=0.3"), "no alpha * beta^2 * gamma^2 is within tolerance=0.01 of 2"),
         (("flops_tolerance=0.001",), "no candidate is within flops_tolerance=0.001 of the budget"),
+        (("epochs=0",), "epochs=0 must be more than 0"),
         (("jobs=0",), "jobs=0 must be at least 1"),
         (("seeds=[a]",), "seeds=['a'] must be a list of whole numbers or null"),
         (("seeds=[0,1.5]",), "seeds=[0, 1.5] must be a list of whole numbers or null"),

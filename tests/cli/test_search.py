@@ -57,6 +57,8 @@ def test_a_search_from_its_space_to_a_scaled_network(cli: Cli, words: list[str])
     assert plan.status == 0, plan.err
     assert "block 2: stride 2; op separable/mbconv3; kernel 3; se_ratio 0; skip identity; channels 16/32" in plan.out
     assert "reward         top-1 * (flops / 200,000) ** -0.07" in plan.out
+    assert "trials         3, each of 1 epochs, cut short after 2 steps\n" in plan.out
+    assert f"cost           {3 * 2 * 16} images" in plan.out
     assert not Path("found").exists()
 
     done = cli("search", "run", *words, "trials=3", "round=2", "jobs=2")
@@ -328,6 +330,12 @@ def test_searches_are_compared(cli: Cli, words: list[str], monkeypatch: pytest.M
         ("run reward.cost=joules", "reward.cost='joules' must be flops or params or latency_ms"),
         ("run latency_device=gpu", "latency_device='gpu' must be cpu or cuda"),
         ("run limits.flops=-1", "limits.flops=-1 must be above 0, or null for none"),
+        ("run epochs=0", "epochs=0 must be more than 0"),
+        ("run schedule.warmup_epochs=2", "schedule.warmup_epochs=2 is not shorter than the run of epochs=1"),
+        (
+            "run data=imagenet data.root=nowhere 'data.expected={classes: 3, train: 9}'",
+            "data.root=nowhere does not exist",
+        ),
         ("run round=0", "round=0 must be at least 1"),
         ("report search=nowhere", "search=nowhere holds no trials.jsonl: give the folder of an effnet-search run"),
         ("report search=[]", "search=[] is empty: give the searches' folders"),

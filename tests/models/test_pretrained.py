@@ -224,6 +224,9 @@ def test_unknown_sources_and_names_are_told_the_closest() -> None:
         named_origin("timm:efficientnet_b7", "x")  # timm has the architecture, but trained none
     with pytest.raises(ValueError, match=r"timm:efficientnetv2_s is not known"):
         named_origin("timm:efficientnetv2_s", "x")
+    with pytest.raises(ValueError, match=r"timm:xyzzy is not known: the choices are .* and [\d,]+ more$") as told:
+        named_origin("timm:xyzzy", "x")
+    assert len(str(told.value)) < 1000
     with pytest.raises(ValueError, match=r"torchvision:efficientnet_b8 is not known: did you mean efficientnet_b"):
         named_origin("torchvision:efficientnet_b8", "x")
     with pytest.raises(
