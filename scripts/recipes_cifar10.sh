@@ -16,16 +16,14 @@ train() { # name, overrides
 }
 score() { effnet-eval checkpoint="$root/$1" output="$root/$1.json" device=cpu "${@:2}"; } # name, overrides
 
-# Lite0's published weights, fine-tuned on a fifth of the images, each seen once.
-lite=(model=lite0 epochs=0.2 batch_size=64 evaluate_every.epochs=0.2)
+# Lite0's published weights, fine-tuned at 64 pixels on a fifth of the images, each seen once.
+lite=(model=lite0 model.resolution=64 epochs=0.2 batch_size=64 evaluate_every.epochs=0.2)
 lite+=("data.preprocess.mean=[0.498039,0.498039,0.498039]" "data.preprocess.std=[0.501961,0.501961,0.501961]")
 lite+=(recipe=finetune schedule=cosine schedule.warmup_epochs=0.02 augment=small ema_decay=0.99 model.bn_momentum=0.1)
-tuned() { # seed, pixels
-    train "tuned-$2-seed$1" "${lite[@]}" model.resolution="$2" seed="$1" init_from="$LITE0"
-}
+tuned() { train "tuned-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0"; }
 finetune() { # beside the same network from scratch, for as many steps
-    tuned "$1" 64
-    train "scratch-seed$1" "${lite[@]}" model.resolution=64 seed="$1" new_classifier=false schedule.lr_per_256=0.016
+    tuned "$1"
+    train "scratch-seed$1" "${lite[@]}" seed="$1" new_classifier=false schedule.lr_per_256=0.016
 }
 fixres() { # trained at 24 pixels, tested at more, adapted to more
     train "small-seed$1" "${short[@]}" seed="$1" model.resolution=24
@@ -35,10 +33,9 @@ fixres() { # trained at 24 pixels, tested at more, adapted to more
         score "fixres-$size-seed$1"
     done
 }
-progressive() { # 128 pixels throughout, and 64, 96 and 128
-    tuned "$1" 128
-    train "growing-seed$1" "${lite[@]}" model.resolution=128 seed="$1" init_from="$LITE0" \
-        progressive.stages=3 progressive.resolution=64
+progressive() { # beside 48, 56 and 64 pixels
+    tuned "$1"
+    train "growing-seed$1" "${lite[@]}" seed="$1" init_from="$LITE0" progressive.stages=3 progressive.resolution=48
 }
 soup() { # one training fine-tuned at four rates, then averaged; 5,000 images choose
     local held=("${short[@]}" model.resolution=32 data.minival=5000) members=()
