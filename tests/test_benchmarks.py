@@ -106,7 +106,10 @@ def test_an_interrupt_ends_what_the_gpus_script_runs(tmp_path):
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path), "DEVICE": "cpu"}
     command = ["sh", str(ROOT / "benchmarks" / "gpu.sh")]
+    # Tests begun in a shell's background ignore interrupts, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     started = tmp_path / "pid"
     until(lambda: started.exists() and started.read_text())
     os.killpg(script.pid, signal.SIGINT)
