@@ -45,6 +45,15 @@ def zeros(count: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ACC: tl.const
 
 
 @triton.jit
+def columns_seen(columns, cols, C, height, width, out_height, out_width, left, STRIDE: tl.constexpr):
+    """Return the input's column that the weights first see from `columns` of the output, and where both begin."""
+    sample, j = columns // out_width, columns % out_width
+    column = j * STRIDE - left
+    at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
+    return column, at, (sample.to(tl.int64) * out_height * out_width + j) * C + cols[None, :]
+
+
+@triton.jit
 def window(x, at, first, column, inside, height, width, C, ROWS: tl.constexpr, K: tl.constexpr):
     """Load what the weights see of rows from `first` on and of columns from `column` on: ROWS * K blocks."""
     blocks = ()
@@ -115,10 +124,7 @@ def forward(
     for start in range(first, stop, BM):
         columns = start + tl.arange(0, BM)[:, None]
         inside = (columns < stop) & (cols[None, :] < C)
-        sample, j = columns // out_width, columns % out_width
-        column = j * STRIDE - left
-        at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
-        at_output = (sample.to(tl.int64) * out_height * out_width + j) * C + cols[None, :]
+        column, at, at_output = columns_seen(columns, cols, C, height, width, out_height, out_width, left, STRIDE)
         sums = zeros(BEGUN, BM, BC, ACC)  # of the output's rows t, t - 1, ...
         coming = window(x, at, -top, column, inside, height, width, C, AHEAD * STRIDE, K)
         for t in range(out_height + BEGUN - 1):
@@ -265,10 +271,7 @@ def weight_gradient(
     for start in range(program * chunk, stop, BM):
         columns = start + tl.arange(0, BM)[:, None]
         inside = (columns < stop) & (cols[None, :] < C)
-        sample, j = columns // out_width, columns % out_width
-        column = j * STRIDE - left
-        at = (sample.to(tl.int64) * height * width + column) * C + cols[None, :]
-        at_output = (sample.to(tl.int64) * out_height * out_width + j) * C + cols[None, :]
+        column, at, at_output = columns_seen(columns, cols, C, height, width, out_height, out_width, left, STRIDE)
         grads = zeros(BEGUN, BM, BC, ACC)  # of the output's rows t, t - 1, ...
         coming = window(x, at, -top, column, inside, height, width, C, AHEAD * STRIDE, K)
         grads_coming = own_rows(dy, at_output, 0, inside, out_height, out_width, C, AHEAD)
