@@ -113,9 +113,12 @@ def _split(rows: int, channels: int, *, kind: str | int = "sums") -> _Split:
     return _Split(math.ceil(rows / chunk), chunk, block, columns)
 
 
-def _column_split(x: Tensor, padding: Padding) -> _Split:
-    """Divide the columns of all of x's images."""
-    return _split(x.shape[0] * x.shape[3], x.shape[1], kind=padding.kernel)
+def _columns_of(x: Tensor, padding: Padding, *, shift: int = 0) -> tuple[int, _Split, dict[str, int]]:
+    """Divide the columns of all of x's images, `shift` more of each, in groups: return their number, split, constants."""
+    columns = max(2, padding.stride)  # a multiple of the stride, so that which weights see which column is known
+    groups = x.shape[0] * math.ceil((x.shape[3] + shift) / columns)
+    split = _split(groups, x.shape[1], kind=padding.kernel)
+    return groups, split, {"K": padding.kernel, "STRIDE": padding.stride, "COLUMNS": columns, **split.blocks}
 
 
 def _sample_split(samples: int, pixels: int, channels: int, *, kind: str = "sums") -> _Split:
@@ -260,10 +263,9 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     samples, channels = x.shape[:2]
     height, width = (math.ceil(side / padding.stride) for side in x.shape[2:])
     y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
-    split = _column_split(y, padding)
+    groups, split, constants = _columns_of(y, padding)
     partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
-    sizes = (samples * width, channels, *_geometry(x, y, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks}
+    sizes = (groups, channels, *_geometry(x, y, padding), split.chunk, split.programs)
     _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
     return y, partial
 
@@ -275,24 +277,22 @@ def depthwise_input_gradient(
 
     They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
     """
-    samples, channels, _, width = x.shape
-    split = _column_split(x, padding)
+    channels = x.shape[1]
+    groups, split, constants = _columns_of(x, padding, shift=padding.left % padding.stride)
     normed = affine[0] is not None
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
-    sizes = (samples * width, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
+    sizes = (groups, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
     arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
-    _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
+    _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, ACT=act, **constants)
     return dx, a, None if partial is None else add_rows(partial)
 
 
 def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Padding) -> Tensor:
     """Return the gradient of the weights, in their shape (C, 1, K, K)."""
-    samples, channels, _, width = dy.shape
-    split = _column_split(dy, padding)
+    channels = dy.shape[1]
+    groups, split, constants = _columns_of(dy, padding)
     partial = a.new_empty(padding.kernel**2, split.programs, channels, dtype=accumulator(a))
-    sizes = (samples * width, channels, *_geometry(a, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, **split.blocks}
+    sizes = (groups, channels, *_geometry(a, dy, padding), split.chunk, split.programs)
     _launch(depthwise_kernels.weight_gradient, _grid(split, channels), a, dy, partial, *sizes, **constants)
     return add_rows(partial).T.reshape(weight.shape).to(weight.dtype)
