@@ -219,11 +219,11 @@ def input_gradient(
                         valid = in_row & (column + c >= 0) & (column + c < width)
                         grad = sums[s * COLUMNS + c]
                         if x is not None:
-                            normal = (own_coming[s * COLUMNS + c].to(ACC) - mean) * rstd
-                            tl.store(a + own + c * C, activated(normal * w + b, ACT), mask=valid)
-                            grad = tl.where(valid, grad * slope(normal * w + b, ACT), 0.0)
+                            apart = own_coming[s * COLUMNS + c].to(ACC) - mean
+                            tl.store(a + own + c * C, activated(apart * (rstd * w) + b, ACT), mask=valid)
+                            grad = tl.where(valid, grad * slope(apart * (rstd * w) + b, ACT), 0.0)
                             plain += grad
-                            times_x += grad * normal
+                            times_x += grad * apart
                         tl.store(dx + own + c * C, grad, mask=valid)
             if x is not None:
                 own_coming = own_coming[STRIDE * COLUMNS :]
@@ -231,7 +231,7 @@ def input_gradient(
     if x is not None:
         at_sum = partial + program * C + cols
         tl.store(at_sum, tl.sum(plain, axis=0), mask=cols < C)
-        tl.store(at_sum + programs * C, tl.sum(times_x, axis=0), mask=cols < C)
+        tl.store(at_sum + programs * C, tl.sum(times_x * rstd, axis=0), mask=cols < C)
 
 
 @triton.jit

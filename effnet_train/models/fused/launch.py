@@ -134,10 +134,13 @@ def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int]:
     return (samples * split.programs * math.ceil(channels / split.BC),)
 
 
-def _pointwise(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _pointwise(x: Tensor, *, by_sample: bool) -> tuple[tuple[int], dict[str, int], int]:
+    """Return grid and blocks, none of which has rows of two samples if `by_sample`, and the rows that go together."""
     rows, channels = _rows(x), x.shape[1]
+    samples = x.shape[0] if by_sample else 1
     block, columns = _block(channels, "pointwise")
-    return (math.ceil(rows / block) * math.ceil(channels / columns),), {"BM": block, "BC": columns}
+    programs = samples * math.ceil(rows // samples / block) * math.ceil(channels / columns)
+    return (programs,), {"BM": block, "BC": columns}, rows // samples
 
 
 def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
@@ -185,10 +188,10 @@ def normalise(
 ) -> Tensor:
     """Return act(BatchNorm(x)), gated, dropped, plus the residual; `affine` is statistics, weight and bias."""
     y = torch.empty_like(x)
-    grid, blocks = _pointwise(x)
     u, rate = drop or (None, 0.0)
-    sizes = (_rows(x), x.shape[1], x.shape[2] * x.shape[3])
-    _launch(norm_kernels.normalise, grid, x, *affine, gate, residual, u, y, *sizes, rate, 1 - rate, ACT=act, **blocks)
+    grid, blocks, pixels = _pointwise(x, by_sample=u is not None or gate is not None)
+    sizes = (x.shape[1], pixels, rate, 1 - rate)
+    _launch(norm_kernels.normalise, grid, x, *affine, gate, residual, u, y, *sizes, ACT=act, **blocks)
     return y
 
 
@@ -241,9 +244,9 @@ def input_gradient(
 ) -> Tensor:
     """Return the gradient of BatchNorm's input from that of the activation's output, `dy * gate + shift`."""
     dx = torch.empty_like(x)
-    grid, blocks = _pointwise(x)
     u, rate = drop or (None, 0.0)
-    sizes = (_rows(x), x.shape[1], x.shape[2] * x.shape[3], rate, 1 - rate, count)
+    grid, blocks, pixels = _pointwise(x, by_sample=u is not None or gate is not None)
+    sizes = (x.shape[1], pixels, rate, 1 - rate, count)
     arguments = (x, *affine, dy, gate, shift, u, sums, dx)
     _launch(norm_kernels.input_gradient, grid, *arguments, *sizes, ACT=act, **blocks)
     return dx

@@ -5,15 +5,42 @@ the same bits. `ACC` is what is computed in: float32, or float64 for float64 ten
 Rows are numbered in 32 bits, in which one divides fast, elements in 64.
 """
 
+import os
+
+import torch
 import triton
 import triton.language as tl
+
+TILES_AHEAD = tl.constexpr(2)
+# Whether one may speak to the GPU in its own words: it is Nvidia's, and no interpreter.
+NATIVE = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
+
+
+@triton.jit
+def sigmoid(b):
+    """Return 1 / (1 + exp(-b)); in float32 within a few units of the last place, for a third of the instructions."""
+    if NATIVE and b.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t; }""",
+            "=f,f",
+            [b],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sigmoid(b)
 
 
 @triton.jit
 def activated(b, ACT: tl.constexpr):
     """Return the activation of `b`; any name but these three stands for none."""
     if ACT == "swish":
-        return b * tl.sigmoid(b)
+        return b * sigmoid(b)
     elif ACT == "relu6":  # not `tl.maximum`, which makes a number of NaN
         return tl.where(b < 0.0, 0.0, tl.where(b > 6.0, 6.0, b))
     elif ACT == "relu":
@@ -26,7 +53,7 @@ def activated(b, ACT: tl.constexpr):
 def slope(b, ACT: tl.constexpr):
     """Return the derivative of the activation at `b`."""
     if ACT == "swish":
-        s = tl.sigmoid(b)
+        s = sigmoid(b)
         return s * (1.0 + b * (1.0 - s))
     elif ACT == "relu6":
         return tl.where((b > 0.0) & (b < 6.0), b * 0.0 + 1.0, 0.0)
@@ -93,6 +120,17 @@ def counts(start, stop, ACC: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def tiles(x, base, first, stop, cols, C, COUNT: tl.constexpr, BM: tl.constexpr):
+    """Load COUNT blocks of BM rows from `first` on, of those before `stop`; they are counted from the row `base`."""
+    blocks = ()
+    for i in tl.static_range(COUNT):
+        rows = first + i * BM + tl.arange(0, BM)[:, None]
+        at = (base + rows.to(tl.int64)) * C + cols[None, :]
+        blocks = blocks + (tl.load(x + at, mask=(rows < stop) & (cols[None, :] < C), other=0.0),)
+    return blocks
+
+
+@triton.jit
 def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Leave how many rows each program has, their mean and their squared deviations in `partial` (3, programs, C)."""
     program, cols = place(C, BC)
@@ -101,12 +139,12 @@ def moments(x, partial, M, C, chunk, programs, ACC: tl.constexpr, BM: tl.constex
     origin = tl.zeros([BM, BC], ACC)
     plain = tl.zeros([BM, BC], ACC)
     square = tl.zeros([BM, BC], ACC)
+    coming = tiles(x, 0, start, stop, cols, C, TILES_AHEAD, BM)
     for first in range(start, stop, BM):
-        rows = first + tl.arange(0, BM)[:, None]
-        inside = rows < stop
-        at = rows.to(tl.int64) * C + cols[None, :]
-        value = tl.load(x + at, mask=inside & (cols[None, :] < C), other=0.0).to(ACC)
-        origin, plain, square = track(value, inside, first == start, origin, plain, square)
+        coming = coming + tiles(x, 0, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
+        inside = first + tl.arange(0, BM)[:, None] < stop
+        origin, plain, square = track(coming[0].to(ACC), inside, first == start, origin, plain, square)
+        coming = coming[1:]
     count = counts(start, stop, ACC, BM)
     store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 
@@ -160,6 +198,15 @@ def finish_moments(
 
 
 @triton.jit
+def rows_of_sample(C, pixels, BM: tl.constexpr, BC: tl.constexpr):
+    """Return this program's sample, its rows of that, its channels, and where all that lies; rows may be too many."""
+    program, cols = place(C, BC)
+    blocks = tl.cdiv(pixels, BM)
+    sample, rows = program // blocks, program % blocks * BM + tl.arange(0, BM)[:, None]
+    return sample, rows, cols, (sample.to(tl.int64) * pixels + rows) * C + cols[None, :]
+
+
+@triton.jit
 def normalise(
     x,
     statistics,
@@ -169,7 +216,6 @@ def normalise(
     residual,
     u,
     y,
-    M,
     C,
     pixels,
     rate,
@@ -179,19 +225,18 @@ def normalise(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write act(BatchNorm(x)), times a gate (N, C), dropped where `u` (N,) is below the rate, plus a residual."""
-    program, cols = place(C, BC)
-    rows = program * BM + tl.arange(0, BM)[:, None]
+    """Write act(BatchNorm(x)), times a gate (N, C), dropped where `u` (N,) is below the rate, plus a residual.
+
+    `pixels` are those of a sample; without gate and `u` all samples may be taken for one.
+    """
+    sample, rows, cols, at = rows_of_sample(C, pixels, BM, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
-    inside = (rows < M) & (cols[None, :] < C)
-    at = rows.to(tl.int64) * C + cols[None, :]
+    inside = (rows < pixels) & (cols[None, :] < C)
     value = activated((tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * (rstd * w) + b, ACT)
-    sample = rows // pixels
     if gate is not None:
-        value *= tl.load(gate + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
+        value *= channel(gate + sample * C, cols, C, ACC)
     if u is not None:
-        kept = tl.load(u + sample, mask=rows < M, other=0.0) >= rate
-        value = tl.where(kept, value / survival, 0.0)
+        value = tl.where(tl.load(u + sample) >= rate, value * (1.0 / survival), 0.0)
     if residual is not None:
         value += tl.load(residual + at, mask=inside, other=0.0).to(ACC)
     tl.store(y + at, value, mask=inside)
@@ -219,12 +264,13 @@ def pool(
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     stop = tl.minimum((split + 1) * chunk, pixels)
     total = tl.zeros([BM, BC], ACC)
+    base = sample.to(tl.int64) * pixels
+    coming = tiles(x, base, split * chunk, stop, cols, C, TILES_AHEAD, BM)
     for first in range(split * chunk, stop, BM):
-        rows = first + tl.arange(0, BM)[:, None]
-        inside = (rows < stop) & (cols[None, :] < C)
-        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
-        total += tl.where(inside, activated((value - mean) * (rstd * w) + b, ACT), 0.0)
+        coming = coming + tiles(x, base, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
+        inside = first + tl.arange(0, BM)[:, None] < stop
+        total += tl.where(inside, activated((coming[0].to(ACC) - mean) * (rstd * w) + b, ACT), 0.0)
+        coming = coming[1:]
     tl.store(partial + program * C + cols, tl.sum(total, axis=0), mask=cols < C)
 
 
@@ -277,41 +323,33 @@ def gated_sums(
     dz_slopes = tl.zeros([BM, BC], ACC)
     x_slopes = tl.zeros([BM, BC], ACC)
     dz_x_slopes = tl.zeros([BM, BC], ACC)
+    base = sample.to(tl.int64) * pixels
+    coming = tiles(x, base, split * chunk, stop, cols, C, TILES_AHEAD, BM)
+    grads_coming = tiles(dz, base, split * chunk, stop, cols, C, TILES_AHEAD, BM)
     for first in range(split * chunk, stop, BM):
+        coming = coming + tiles(x, base, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
+        grads_coming = grads_coming + tiles(dz, base, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
         rows = first + tl.arange(0, BM)[:, None]
         inside = (rows < stop) & (cols[None, :] < C)
-        at = (sample * pixels + rows).to(tl.int64) * C + cols[None, :]
-        normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
-        grad = tl.load(dz + at, mask=inside, other=0.0).to(ACC)
-        s = activated(normal * w + b, ACT)
-        d = tl.where(inside, slope(normal * w + b, ACT), 0.0)
-        tl.store(z + at, s * own, mask=inside)
+        apart = coming[0].to(ACC) - mean
+        grad = grads_coming[0].to(ACC)
+        s = activated(apart * (rstd * w) + b, ACT)
+        d = tl.where(inside, slope(apart * (rstd * w) + b, ACT), 0.0)
+        tl.store(z + (base + rows) * C + cols[None, :], s * own, mask=inside)
         for_gate += grad * s
-        dz_slopes += grad * d
         slopes += d
-        dz_x_slopes += grad * d * normal
-        x_slopes += d * normal
+        dz_slopes += grad * d
+        x_slopes += d * apart
+        dz_x_slopes += grad * d * apart
+        coming = coming[1:]
+        grads_coming = grads_coming[1:]
     at_sum = partial + program * C + cols
     step = N * splits * C
     tl.store(at_sum, tl.sum(for_gate, axis=0), mask=cols < C)
     tl.store(at_sum + step, tl.sum(dz_slopes, axis=0), mask=cols < C)
     tl.store(at_sum + 2 * step, tl.sum(slopes, axis=0), mask=cols < C)
-    tl.store(at_sum + 3 * step, tl.sum(dz_x_slopes, axis=0), mask=cols < C)
-    tl.store(at_sum + 4 * step, tl.sum(x_slopes, axis=0), mask=cols < C)
-
-
-@triton.jit
-def output_gradient(dy, gate, shift, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC: tl.constexpr):
-    """Return the gradient of the activation's output: dy, dropped as it was, times the gate, plus a shift (N, C)."""
-    sample = rows // pixels
-    grad = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
-    if u is not None:
-        kept = tl.load(u + sample, mask=rows < M, other=0.0) >= rate
-        grad = tl.where(kept, grad / survival, 0.0)
-    if gate is not None:
-        grad *= tl.load(gate + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
-        grad += tl.load(shift + sample * C + cols[None, :], mask=inside, other=0.0).to(ACC)
-    return grad
+    tl.store(at_sum + 3 * step, tl.sum(dz_x_slopes * rstd, axis=0), mask=cols < C)
+    tl.store(at_sum + 4 * step, tl.sum(x_slopes * rstd, axis=0), mask=cols < C)
 
 
 @triton.jit
@@ -342,18 +380,25 @@ def norm_sums(
     stop = tl.minimum(start + chunk, M)
     plain = tl.zeros([BM, BC], ACC)
     times_x = tl.zeros([BM, BC], ACC)
+    coming = tiles(x, 0, start, stop, cols, C, TILES_AHEAD, BM)
+    grads_coming = tiles(dy, 0, start, stop, cols, C, TILES_AHEAD, BM)
     for first in range(start, stop, BM):
+        coming = coming + tiles(x, 0, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
+        grads_coming = grads_coming + tiles(dy, 0, first + TILES_AHEAD * BM, stop, cols, C, 1, BM)
         rows = first + tl.arange(0, BM)[:, None]
-        inside = (rows < stop) & (cols[None, :] < C)
-        at = rows.to(tl.int64) * C + cols[None, :]
-        normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
-        grad = output_gradient(dy, None, None, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
-        grad = tl.where(inside, grad * slope(normal * w + b, ACT), 0.0)
+        apart = coming[0].to(ACC) - mean
+        grad = grads_coming[0].to(ACC)
+        if u is not None:
+            kept = tl.load(u + rows // pixels, mask=rows < stop, other=0.0) >= rate
+            grad = tl.where(kept, grad * (1.0 / survival), 0.0)
+        grad = tl.where(rows < stop, grad * slope(apart * (rstd * w) + b, ACT), 0.0)
         plain += grad
-        times_x += grad * normal
+        times_x += grad * apart
+        coming = coming[1:]
+        grads_coming = grads_coming[1:]
     at_sum = partial + program * C + cols
     tl.store(at_sum, tl.sum(plain, axis=0), mask=cols < C)
-    tl.store(at_sum + programs * C, tl.sum(times_x, axis=0), mask=cols < C)
+    tl.store(at_sum + programs * C, tl.sum(times_x * rstd, axis=0), mask=cols < C)
 
 
 @triton.jit
@@ -368,7 +413,6 @@ def input_gradient(
     u,
     sums,
     dx,
-    M,
     C,
     pixels,
     rate,
@@ -379,15 +423,21 @@ def input_gradient(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write BatchNorm's input gradient, given the sums (2, C) of `norm_sums` over all `count` rows."""
-    program, cols = place(C, BC)
-    rows = program * BM + tl.arange(0, BM)[:, None]
+    """Write BatchNorm's input gradient, given the sums (2, C) of `norm_sums` over all `count` rows.
+
+    The gradient of the activation's output is dy, dropped as it was, times the gate, plus a shift (N, C). `pixels` are
+    as in `normalise`.
+    """
+    sample, rows, cols, at = rows_of_sample(C, pixels, BM, BC)
     mean, rstd, w, b = affine(statistics, weight, bias, cols, C, ACC)
     plain = channel(sums, cols, C, ACC) / count
     times_x = channel(sums + C, cols, C, ACC) / count
-    inside = (rows < M) & (cols[None, :] < C)
-    at = rows.to(tl.int64) * C + cols[None, :]
-    normal = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
-    grad = output_gradient(dy, gate, shift, u, at, rows, cols, inside, M, C, pixels, rate, survival, ACC)
-    grad *= slope(normal * w + b, ACT)
-    tl.store(dx + at, rstd * w * (grad - plain - normal * times_x), mask=inside)
+    inside = (rows < pixels) & (cols[None, :] < C)
+    apart = tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean
+    grad = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
+    if u is not None:
+        grad = tl.where(tl.load(u + sample) >= rate, grad * (1.0 / survival), 0.0)
+    if gate is not None:
+        grad = grad * channel(gate + sample * C, cols, C, ACC) + channel(shift + sample * C, cols, C, ACC)
+    grad *= slope(apart * (rstd * w) + b, ACT)
+    tl.store(dx + at, (rstd * w) * (grad - plain) - apart * (rstd * w * rstd * times_x), mask=inside)
