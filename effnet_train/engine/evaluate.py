@@ -34,10 +34,12 @@ class Member:
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor] = unchanged
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context of a forward pass in `precision` (fp32, tf32, bf16 or fp16)."""
-    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtype=halves.get(precision, torch.bfloat16), enabled=precision in halves)
+    return torch.autocast(device.type, dtype=HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from effnet_train.data.loader import Batch
 from effnet_train.distributed import Session
+from effnet_train.engine.evaluate import HALVES
 from effnet_train.engine.state import TrainState
 from effnet_train.engine.train import Stepper
+from effnet_train.engine.working_weights import WorkingWeights
 from effnet_train.optim.ema import ema_decay
 from effnet_train.optim.one_pass import OnePass
 
@@ -63,6 +65,7 @@ class Memory:
         self.eager = _EAGER_STEPS
         self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self.scalars: dict[str, Tensor] = {}
+        self.weights: WorkingWeights | None = None
         self._graphs: dict[str, Callable[[], None]] = {}
 
     def take(self, images: Tensor, targets: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +103,7 @@ class GraphStepper(Stepper):
         memory, device = self.memory, self.session.device
         if not memory.scalars:
             memory.scalars = {name: torch.zeros((), device=device) for name in ("number", "lr", "follow")}
-            for parameter in state.model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+            memory.weights = WorkingWeights(state.model, HALVES.get(self.precision))
         follow = 1.0 - ema_decay(state.step + 1, state.ema.decay)
         for name, value in (("number", state.step + 1), ("lr", lr), ("follow", follow)):
             memory.scalars[name].fill_(value)
@@ -117,6 +119,12 @@ class GraphStepper(Stepper):
         state.step += 1
         memory.eager -= 1
         return True
+
+    def learn(self, state: TrainState, images: Tensor, targets: Tensor, keys: Tensor, number: float | Tensor) -> None:
+        """Add a micro-batch to gradients and statistics as `Stepper` does: the same numbers, by fewer kernels."""
+        assert self.memory.weights is not None
+        with self.memory.weights.at_work():
+            super().learn(state, images, targets, keys, number)
 
     def _update(self, state: TrainState) -> None:
         if self.clip_norm is not None:

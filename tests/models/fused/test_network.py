@@ -1,5 +1,6 @@
 """Whole networks trained by the kernels and by the plain layers, from the same seed."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from effnet_train.data.preprocess import Preprocess
 from effnet_train.distributed import Session
 from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Stepper
-from effnet_train.models.efficientnet import EfficientNet
+from effnet_train.engine.working_weights import WorkingWeights
+from effnet_train.models.efficientnet import EfficientNet, MBConv
 from effnet_train.models.fused import launch
+from effnet_train.models.layers import Style
+from effnet_train.models.scaling import Stage
 from effnet_train.optim.ema import EMA
 from effnet_train.optim.losses import CrossEntropy
 from effnet_train.optim.param_groups import param_groups
@@ -86,6 +90,23 @@ def test_a_step(device: torch.device, checkpointing: bool) -> None:
     assert losses == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(fused.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fused.ema.state_dict(), plain.ema.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("large_blocks")
+def test_weights_cast_before_they_are_used_are_the_same_bits(device: torch.device) -> None:
+    """Of a captured step all are cast at once, but for the depthwise convolution's, which the kernels read whole."""
+    found = []
+    for at_once in (False, True):
+        torch.manual_seed(0)
+        block = MBConv(Stage(3, 1, 2, 8, 8, 1), se_ratio=0.25, rate=0.0, style=Style(fused=True))
+        block = block.to(device).to(memory_format=torch.channels_last).train()
+        x = torch.randn(4, 8, 6, 5, device=device, requires_grad=True)
+        with WorkingWeights(block, torch.bfloat16).at_work() if at_once else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16):
+                y = block(x)
+            y.float().square().sum().backward()
+        found.append({"y": y, "dx": x.grad, **{name: p.grad for name, p in block.named_parameters()}})
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("large_blocks")
