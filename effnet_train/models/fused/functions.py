@@ -82,12 +82,13 @@ def _drop(u: Tensor | None, rate: float) -> Drop | None:
 
 
 class NormAct(torch.autograd.Function):
-    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x."""
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x. `partial` are the moments of x, where they are there."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        partial: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         residual: Tensor | None,
@@ -97,7 +98,7 @@ class NormAct(torch.autograd.Function):
         rate: float,
     ) -> Tensor:
         x = _channels_last(x)
-        statistics = _statistics(x, norm)
+        statistics = _statistics(x, norm, partial)
         ctx.save_for_backward(x, statistics, weight, bias, u)
         ctx.rest = norm.reduce_statistics, act, rate, None if residual is None else residual.dtype
         residual = None if residual is None else _channels_last(residual)
@@ -113,7 +114,7 @@ class NormAct(torch.autograd.Function):
         sums = launch.norm_sums(x, affine, act, dense, drop)
         dx = launch.input_gradient(x, affine, act, dense, *_over_all(sums, x, reduce), drop=drop)
         d_residual = None if residual is None else dy.to(residual)
-        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), d_residual, None, None, None, None
+        return dx, None, sums[1].to(weight.dtype), sums[0].to(bias.dtype), d_residual, None, None, None, None
 
 
 class NormActDepthwise(torch.autograd.Function):

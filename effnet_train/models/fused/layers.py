@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from effnet_train.models.fused import stem
 from effnet_train.models.fused.functions import NONE, NormAct, NormActDepthwise, NormActProject
 from effnet_train.models.fused.launch import Padding
 from effnet_train.models.layers import ACTIVATIONS, Conv2d, ConvNorm, SqueezeExcite
@@ -9,15 +10,24 @@ from effnet_train.models.layers import ACTIVATIONS, Conv2d, ConvNorm, SqueezeExc
 
 def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
     """Convolve as the layer does, then normalise and activate in one."""
-    return norm_act(layer, layer.conv(x))
+    if not stem.fits(layer.conv, x):
+        return norm_act(layer, layer.conv(x))
+    y, moments = stem.StemConv.apply(x, layer.conv.weight, padding(layer.conv, x))
+    return norm_act(layer, y, moments)
 
 
 def norm_act(
-    layer: ConvNorm, x: Tensor, *, residual: Tensor | None = None, u: Tensor | None = None, rate: float = 0.0
+    layer: ConvNorm,
+    x: Tensor,
+    moments: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    u: Tensor | None = None,
+    rate: float = 0.0,
 ) -> Tensor:
     """Normalise and activate the layer's convolution's output, drop the samples that `u` asks for, add the residual."""
     norm = layer.norm
-    return NormAct.apply(x, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)
+    return NormAct.apply(x, moments, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)
 
 
 def block(

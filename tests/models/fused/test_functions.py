@@ -339,3 +339,32 @@ def test_evaluation_takes_the_plain_path(device: torch.device) -> None:
     assert torch.equal(run_block(block, x, fused=True), y)
     z = F.silu(block.expand.norm(block.expand.conv(x)))
     assert torch.equal(block.expand(x), z)
+
+
+# --- The stem
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "stride", "pad"),
+    [
+        ((2, 3, 9, 8), 5, 3, 2, "same"),
+        ((1, 3, 8, 13), 40, 3, 2, "same"),
+        ((3, 3, 7, 7), 16, 3, 2, "symmetric"),
+        ((2, 1, 6, 5), 33, 5, 1, "same"),
+        ((2, 3, 41, 40), 8, 3, 2, "same"),  # several programs
+    ],
+)
+def test_the_stem(
+    device: torch.device, shape: tuple[int, ...], channels: int, kernel: int, stride: int, pad: str
+) -> None:
+    style = Style(bn_momentum=0.3, padding=pad)
+    plain = randomised(ConvNorm(shape[1], channels, kernel=kernel, stride=stride, style=style), device)
+    fused = copy.deepcopy(plain)
+    x = 1 + numbers(*shape, device=device)
+    found = []
+    for module in (plain, fused):
+        y = layers.conv_norm(module, x) if module is fused else module.act(module.norm(module.conv(x)))
+        (y * numbers(*y.shape, device=device, seed=7)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append({"y": y.detach(), **gradients, **dict(module.named_buffers())})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)
