@@ -160,6 +160,26 @@ def test_the_five_crops_centre_is_the_evaluation_crop_but_for_rounding() -> None
     assert min(abs(corner - expected).max() for corner in corners) > 10
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 64, 64, 3)])
+def test_the_kernel_gives_the_same_bits(shape: tuple[int, ...]) -> None:
+    pytest.importorskip("triton", reason="Triton is not here: pip install triton")
+    from effnet_train.data.pixels_kernel import normalised
+
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels.view(-1)[: 256 // 3 * 3] = torch.arange(256 // 3 * 3, dtype=torch.uint8)[: pixels.numel()]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    found = normalised(pixels, mean, std)
+    assert torch.equal(found, normalize(pixels, mean, std))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bits() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 3).view(1, 48, 16, 3)
+    found = normalize(pixels.cuda(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.equal(found.cpu(), normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
 def test_normalize_equals_torchvision_and_stays_channels_last() -> None:
     preprocess = Preprocess(24)
     images = torch.randint(0, 256, (2, 24, 20, 3), dtype=torch.uint8)

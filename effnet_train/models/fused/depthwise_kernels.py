@@ -7,13 +7,13 @@ rows ahead of time, as a row takes longer to come than to compute. Rows of the p
 As in `norm_kernels`, nothing is added atomically.
 
 `top` and `left` are the padding before the first pixel; what is after the last follows from the output's size. Weights
-are (K * K, C), so that they are read in rows as pixels are.
+are (C, K * K).
 """
 
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import activated, affine, channel, place, slope, store_moments, track
+from effnet_train.models.fused.norm_kernels import activated, affine, place, slope, store_moments, track
 
 ROWS_AHEAD = tl.constexpr(2)
 
@@ -23,7 +23,7 @@ def all_weights(weight, cols, C, K: tl.constexpr, ACC: tl.constexpr):
     """Return the weights of a block of channels: K * K rows."""
     rows = ()
     for tap in tl.static_range(K * K):
-        rows = rows + (channel(weight + tap * C, cols, C, ACC),)
+        rows = rows + (tl.load(weight + cols * (K * K) + tap, mask=cols < C, other=0.0).to(ACC)[None, :],)
     return rows
 
 

@@ -256,11 +256,6 @@ def _geometry(x: Tensor, y: Tensor, padding: Padding) -> tuple[int, ...]:
     return *x.shape[2:], *y.shape[2:], padding.top, padding.left
 
 
-def _as_rows(weight: Tensor) -> Tensor:
-    """Return a depthwise convolution's weights (C, 1, K, K) as (K * K, C)."""
-    return weight.flatten(1).T.contiguous()
-
-
 def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
     """Return the convolution, and the moments of its parts as `moments` gives them."""
     samples, channels = x.shape[:2]
@@ -269,7 +264,7 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     groups, split, constants = _columns_of(y, padding)
     partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
     sizes = (groups, channels, *_geometry(x, y, padding), split.chunk, split.programs)
-    _launch(depthwise_kernels.forward, _grid(split, channels), x, _as_rows(weight), y, partial, *sizes, **constants)
+    _launch(depthwise_kernels.forward, _grid(split, channels), x, weight.contiguous(), y, partial, *sizes, **constants)
     return y, partial
 
 
@@ -286,7 +281,7 @@ def depthwise_input_gradient(
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
     sizes = (groups, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
+    arguments = (dy, weight.contiguous(), x if normed else None, *affine, dx, a, partial)
     _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, ACT=act, **constants)
     return dx, a, None if partial is None else add_rows(partial)
 

@@ -14,7 +14,7 @@ from effnet_train.models.layers import Conv2d
 _SEEN = 32  # numbers that a pixel of the output may see
 _MOST_CHANNELS = 64
 # Pixels at a time, and programs: fixed, as with them a sum's last digit would change.
-_BLOCK, _PROGRAMS = 64, 1024
+_BLOCK, _PROGRAMS = 128, 1024
 
 
 def fits(conv: Conv2d, x: Tensor) -> bool:
