@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from effnet_train.analysis.throughput import COMPILED, Case, Work, build
 from effnet_train.models.folding import PLAIN
 
 _GRACE_S = 10.0
+_MEMORY_WAITS = [1.0, 3.0, 10.0, 10.0, 30.0, 30.0]  # seconds, while others that get ready have a GPU's memory
 
 
 class Elsewhere:
@@ -135,10 +137,22 @@ def _begin(case: Case) -> tuple[float, int, str]:
     before = 0 if case.device == "cuda" else _resident_before(case)
     work = build(case)
     _works.append(work)
-    once = work.prepared()
+    once = _prepared(work)
     if case.device == "cpu":
         return once, _status("VmHWM") - before, work.path
     return once, _peak(work.run), work.path
+
+
+def _prepared(work: Work) -> float:
+    """Prepare the work; where others have the GPU's memory meanwhile, wait and try again what is left to do."""
+    for wait in _MEMORY_WAITS if work.device == "cuda" else []:
+        try:
+            return work.prepared()
+        except torch.OutOfMemoryError:
+            pass  # the traceback, which ends here, holds the tensors
+        torch.cuda.empty_cache()
+        time.sleep(wait)
+    return work.prepared()
 
 
 def _peak(run: Callable[[], object]) -> int:

@@ -135,3 +135,21 @@ def prepared_here(case: Case):
     work = throughput.build(case)
     work.prepared()
     return work.run
+
+
+def test_where_others_have_the_memory_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crowded(throughput.Work):
+        def prepared(self) -> float:
+            calls.append(1)
+            if len(calls) < 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 0.5
+
+    calls: list[int] = []
+    monkeypatch.setattr(elsewhere, "_MEMORY_WAITS", [0.0, 0.0])
+    assert elsewhere._prepared(Crowded(lambda: None, "cuda")) == 0.5
+    calls.clear()
+    monkeypatch.setattr(elsewhere, "_MEMORY_WAITS", [0.0])
+    with pytest.raises(torch.OutOfMemoryError):
+        elsewhere._prepared(Crowded(lambda: None, "cuda"))
+    assert len(calls) == 2

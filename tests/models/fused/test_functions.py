@@ -297,7 +297,7 @@ def test_gradcheck(device: torch.device) -> None:
     u = torch.tensor([0.2, 0.7], device=device)
 
     def norm_act_dropped(*t: Tensor) -> Tensor:
-        return functions.NormAct.apply(*t, u, norm, "swish", 0.5)
+        return functions.NormAct.apply(t[0], None, *t[1:], u, norm, "swish", 0.5)
 
     assert torch.autograd.gradcheck(norm_act_dropped, tensors, fast_mode=True)
     padding = launch.Padding(3, 2, 0, 0)
