@@ -79,7 +79,7 @@ def forward(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Convolve; of M groups of the output's columns a program has `chunk`, whose moments it leaves as `moments` would."""
+    """Convolve; a program has `chunk` of M groups of the output's columns, and leaves moments as `moments` would."""
     program, cols = place(C, BC)
     AHEAD: tl.constexpr = (ROWS_AHEAD + STRIDE - 1) // STRIDE
     BEGUN: tl.constexpr = (K + STRIDE - 1) // STRIDE  # rows of the output that a row of the input goes into, at most
@@ -169,7 +169,7 @@ def input_gradient(
     program, cols = place(C, BC)
     AHEAD: tl.constexpr = (ROWS_AHEAD + STRIDE - 1) // STRIDE
     ROWS: tl.constexpr = max(K, STRIDE)
-    BEFORE: tl.constexpr = (K - 1) // STRIDE  # columns of the output that see a column, besides the one that begins there
+    BEFORE: tl.constexpr = (K - 1) // STRIDE  # columns of the output that see one, besides that which begins there
     SEEING: tl.constexpr = BEFORE + (COLUMNS - 1) // STRIDE + 1
     weights = all_weights(weight, cols, C, K, ACC)
     if x is not None:

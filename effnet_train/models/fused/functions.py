@@ -82,7 +82,7 @@ def _drop(u: Tensor | None, rate: float) -> Drop | None:
 
 
 class NormAct(torch.autograd.Function):
-    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x. `partial` are the moments of x, where they are there."""
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x. `partial`: the moments of x, if they are there."""
 
     @staticmethod
     def forward(

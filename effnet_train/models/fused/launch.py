@@ -114,7 +114,7 @@ def _split(rows: int, channels: int, *, kind: str | int = "sums") -> _Split:
 
 
 def _columns_of(x: Tensor, padding: Padding, *, shift: int = 0) -> tuple[int, _Split, dict[str, int]]:
-    """Divide the columns of all of x's images, `shift` more of each, in groups: return their number, split, constants."""
+    """Divide the columns of x's images, and `shift` more of each, in groups: return how many, split and constants."""
     columns = max(2, padding.stride)  # a multiple of the stride, so that which weights see which column is known
     groups = x.shape[0] * math.ceil((x.shape[3] + shift) / columns)
     split = _split(groups, x.shape[1], kind=padding.kernel)

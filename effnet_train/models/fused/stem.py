@@ -1,4 +1,4 @@
-"""The convolution of few channels that a network begins with, by kernels of our own: cuDNN would fill its channels up."""
+"""The convolution of few channels that a network begins with, by our own kernels: cuDNN would fill its channels up."""
 
 import math
 from typing import Any
