@@ -137,7 +137,7 @@ def _pointwise(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     return (math.ceil(rows / block) * math.ceil(channels / columns),), {"BM": block, "BC": columns}
 
 
-def _at_once(rows: int) -> dict[str, int]:
+def _at_once(rows: int) -> dict[str, Any]:
     """Return the block that holds all partial sums of 16 channels, and warps for 16 numbers a thread.
 
     To read them in turns would take a wait for memory each.
@@ -197,18 +197,18 @@ def normalise(
 
 
 def pooled(x: Tensor, affine: Sequence[Tensor], act: str) -> Tensor:
-    """Return the mean of act(BatchNorm(x)) over pixels, (N, C)."""
+    """Return sums of act(BatchNorm(x)) over parts of each sample's pixels, (N, splits, C)."""
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     split = _sample_split(samples, pixels, channels)
     partial = x.new_empty(samples, split.programs, channels, dtype=accumulator(x))
     sizes = (channels, pixels, split.chunk, split.programs)
     grid = _grid(split, channels, samples)
     _launch(norm_kernels.pool, grid, x, *affine, partial, *sizes, ACT=act, **split.blocks)
-    return add_rows(partial) / pixels
+    return partial
 
 
 def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gated activation anew, and the kernel's five sums over pixels, (5, N, C)."""
+    """Return the gated activation anew, and the kernel's five sums over parts of pixels, (5, N, splits, C)."""
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     split = _sample_split(samples, pixels, channels, kind="many sums")
     z = torch.empty_like(x)
@@ -216,7 +216,7 @@ def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: 
     sizes = (samples, channels, pixels, split.chunk, split.programs)
     grid = _grid(split, channels, samples)
     _launch(norm_kernels.gated_sums, grid, x, *affine, gate, dz, z, partial, *sizes, ACT=act, **split.blocks)
-    return z, add_rows(partial.flatten(0, 1)).view(5, samples, channels)
+    return z, partial
 
 
 def norm_sums(x: Tensor, affine: Sequence[Tensor], act: str, dy: Tensor, drop: Drop | None) -> Tensor:
@@ -288,7 +288,7 @@ def depthwise_input_gradient(
     dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
     partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
     sizes = (samples * width, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    constants = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
+    constants: dict[str, Any] = {"K": padding.kernel, "STRIDE": padding.stride, "ACT": act, **split.blocks}
     arguments = (dy, _as_rows(weight), x if normed else None, *affine, dx, a, partial)
     _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, **constants)
     return dx, a, None if partial is None else add_rows(partial)
