@@ -11,6 +11,7 @@ from effnet_train.models.fused import gate_kernels, launch
 
 _SAMPLES = 16  # of a program: the fewest that a product of matrices takes, as programs are few
 _PARTS = 8  # at most, of a contraction or of a sum over pixels: they are read at once
+_WARPS = 8  # of a program, for what it reads at once to have room in registers
 
 
 class Gate(NamedTuple):
@@ -105,7 +106,7 @@ def _block(size: int, most: int) -> int:
 
 
 def _blocks(channels: int, squeezed: int, most: int = 64) -> dict[str, int]:
-    return {"BN": _SAMPLES, "BC": _block(channels, most), "BS": _block(squeezed, 64)}
+    return {"BN": _SAMPLES, "BC": _block(channels, most), "BS": _block(squeezed, 64), "num_warps": _WARPS}
 
 
 def _chunks(channels: int, block: int) -> tuple[int, int]:

@@ -13,19 +13,24 @@ from effnet_train.models.fused.norm_kernels import activated, slope
 
 
 @triton.jit
-def total(pointer, at, inside, step, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """Add up `COUNT` numbers for each of `at`, which lie `step` apart; all are asked for at once."""
-    value = tl.load(pointer + at, mask=inside, other=0.0).to(ACC)
-    for i in tl.static_range(1, COUNT):
-        value += tl.load(pointer + at + i * step, mask=inside, other=0.0).to(ACC)
-    return value
-
-
-@triton.jit
 def matrix(pointer, rows, cols, height, width, TYPE: tl.constexpr):
     """Load a block of a matrix (height, width)."""
     at = rows[:, None] * width + cols[None, :]
     return tl.load(pointer + at, mask=(rows[:, None] < height) & (cols[None, :] < width), other=0.0).to(TYPE)
+
+
+@triton.jit
+def stack(pointer, rows, cols, height, width, step, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """Load the same block of `COUNT` matrices that begin `step` apart, all at once: their sum is over the first axis.
+
+    What else is wanted is asked for before it is added up, as that waits.
+    """
+    BLOCK: tl.constexpr = triton.next_power_of_2(COUNT)
+    parts = tl.arange(0, BLOCK)[:, None, None]
+    rows = rows[None, :, None]
+    cols = cols[None, None, :]
+    inside = (parts < COUNT) & (rows < height) & (cols < width)
+    return tl.load(pointer + parts * step + rows * width + cols, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -70,9 +75,8 @@ def squeeze(
     value = tl.zeros([BN, BS], ACC)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, C), BC):
         cols = first + tl.arange(0, BC)
-        inside = (rows[:, None] < N) & (cols[None, :] < C)
-        mean = total(partial, rows[:, None] * SPLITS * C + cols[None, :], inside, C, SPLITS, ACC) / pixels
-        mean = mean.to(TYPE)
+        splits = stack(partial, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC)
+        mean = (tl.sum(splits, axis=0) / pixels).to(TYPE)
         if tl.program_id(1) == 0:
             store(means, mean, rows, cols, N, C)
         value += product(mean, tl.trans(matrix(reduce_weight, own, cols, S, C, TYPE)), ACC)
@@ -102,15 +106,14 @@ def expand(
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     TYPE: tl.constexpr = hidden.dtype.element_ty
     value = tl.zeros([BN, BC], ACC)
-    for first in range(0, S, BS):
+    for first in tl.range(0, S, BS, num_stages=1):
         own = first + tl.arange(0, BS)
-        inside = (rows[:, None] < N) & (own[None, :] < S)
-        h = total(squeezed, rows[:, None] * S + own[None, :], inside, N * S, PARTS, ACC)
-        h += tl.load(reduce_bias + own, mask=own < S, other=0.0).to(TYPE).to(ACC)[None, :]
-        h = h.to(TYPE)
+        parts = stack(squeezed, rows, own, N, S, N * S, PARTS, ACC)
+        bias = tl.load(reduce_bias + own, mask=own < S, other=0.0).to(TYPE).to(ACC)
+        weight = matrix(expand_weight, cols, own, C, S, TYPE)
+        h = (tl.sum(parts, axis=0) + bias[None, :]).to(TYPE)
         if tl.program_id(1) == 0:
             store(hidden, h, rows, own, N, S)
-        weight = matrix(expand_weight, cols, own, C, S, TYPE)
         value += product(activated(h.to(ACC), ACT).to(TYPE), tl.trans(weight), ACC)
     value += tl.load(expand_bias + cols, mask=cols < C, other=0.0).to(TYPE).to(ACC)[None, :]
     store(gate, tl.sigmoid(value.to(TYPE).to(ACC)), rows, cols, N, C)
@@ -145,10 +148,9 @@ def expand_gradient(
     value = tl.zeros([BN, BS], ACC)
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, C), BC):
         cols = first + tl.arange(0, BC)
-        inside = (rows[:, None] < N) & (cols[None, :] < C)
-        grad = total(partial, rows[:, None] * SPLITS * C + cols[None, :], inside, C, SPLITS, ACC)
+        splits = stack(partial, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC)
         g = matrix(gate, rows, cols, N, C, ACC)
-        grad = (grad * g * (1.0 - g)).to(TYPE)
+        grad = (tl.sum(splits, axis=0) * g * (1.0 - g)).to(TYPE)
         if tl.program_id(1) == 0:
             store(d_output, grad, rows, cols, N, C)
         value += product(grad, matrix(expand_weight, cols, own, C, S, TYPE), ACC)
@@ -184,26 +186,28 @@ def squeeze_gradient(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     TYPE: tl.constexpr = hidden.dtype.element_ty
+    g = matrix(gate, rows, cols, N, C, ACC)
+    step = N * SPLITS * C
+    dz_slopes = tl.sum(stack(partial + step, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC), axis=0)
+    slopes = tl.sum(stack(partial + 2 * step, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC), axis=0)
+    dz_x_slopes = tl.sum(stack(partial + 3 * step, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC), axis=0)
+    x_slopes = tl.sum(stack(partial + 4 * step, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC), axis=0)
     value = tl.zeros([BN, BC], ACC)
-    for first in range(0, S, BS):
+    for first in tl.range(0, S, BS, num_stages=1):
         own = first + tl.arange(0, BS)
-        inside = (rows[:, None] < N) & (own[None, :] < S)
-        grad = total(d_activated, rows[:, None] * S + own[None, :], inside, N * S, PARTS, ACC).to(TYPE).to(ACC)
-        grad = (grad * slope(matrix(hidden, rows, own, N, S, ACC), ACT)).to(TYPE)
+        parts = stack(d_activated, rows, own, N, S, N * S, PARTS, ACC)
+        h = matrix(hidden, rows, own, N, S, ACC)
+        weight = matrix(reduce_weight, own, cols, S, C, TYPE)
+        grad = (tl.sum(parts, axis=0).to(TYPE).to(ACC) * slope(h, ACT)).to(TYPE)
         if tl.program_id(1) == 0:
             store(d_hidden, grad, rows, own, N, S)
-        value += product(grad, matrix(reduce_weight, own, cols, S, C, TYPE), ACC)
+        value += product(grad, weight, ACC)
     value = value.to(TYPE).to(ACC) / pixels
     store(shift, value, rows, cols, N, C)
-    g = matrix(gate, rows, cols, N, C, ACC)
-    at = rows[:, None] * SPLITS * C + cols[None, :]
-    inside = (rows[:, None] < N) & (cols[None, :] < C)
-    step = N * SPLITS * C
-    for i in tl.static_range(2):
-        through_gate = total(partial + (2 * i + 1) * step, at, inside, C, SPLITS, ACC)
-        through_mean = total(partial + (2 * i + 2) * step, at, inside, C, SPLITS, ACC)
-        at_sum = of_blocks + (i * tl.num_programs(0) + tl.program_id(0)) * C + cols
-        tl.store(at_sum, tl.sum(through_gate * g + through_mean * value, axis=0), mask=cols < C)
+    at_sum = of_blocks + tl.program_id(0) * C + cols
+    tl.store(at_sum, tl.sum(dz_slopes * g + slopes * value, axis=0), mask=cols < C)
+    at_sum += tl.num_programs(0) * C
+    tl.store(at_sum, tl.sum(dz_x_slopes * g + x_slopes * value, axis=0), mask=cols < C)
 
 
 @triton.jit
