@@ -4,36 +4,19 @@ Gradients of a BatchNorm: with b its output and n its normalised input, both of 
 gradients of bias and weight, and over all rows of the batch (of all ranks that share it) what its input's needs.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from effnet_train.models.fused import launch
+from effnet_train.models.fused import gate, launch
 from effnet_train.models.fused.launch import Drop, Padding
-from effnet_train.models.layers import ACTIVATIONS, BatchNorm2d
+from effnet_train.models.layers import BatchNorm2d
 
 NONE = "none"
 Reduce = Callable[[Tensor], Tensor]
-
-
-class Gate(NamedTuple):
-    """Hold squeeze-excite's weights: those of both its layers, and its activation."""
-
-    reduce_weight: Tensor
-    reduce_bias: Tensor
-    expand_weight: Tensor
-    expand_bias: Tensor
-
-    def __call__(self, means: Tensor, dtype: torch.dtype, act: str) -> Tensor:
-        """Map means (N, C) to gates (N, C) in (0, 1), computing in `dtype` as the plain layers would."""
-        squeezed = F.linear(means.to(dtype), self.reduce_weight.to(dtype).flatten(1), self.reduce_bias.to(dtype))
-        squeezed = ACTIVATIONS[act]()(squeezed)
-        gate = F.linear(squeezed, self.expand_weight.to(dtype).flatten(1), self.expand_bias.to(dtype))
-        return gate.to(means.dtype).sigmoid()
 
 
 def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
@@ -58,6 +41,10 @@ def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> 
 
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[1]
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3]
 
 
 def _over_all(sums: Tensor, x: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
@@ -182,49 +169,36 @@ class NormActProject(torch.autograd.Function):
     ) -> Tensor:
         x = _channels_last(x)
         affine = _statistics(x, norm, partial), norm_weight, norm_bias
-        means, gate = None, None
+        gated: gate.Gate | tuple[None, ...] = (None, None, None)
         # Types are as autocast would have them: it has chosen that of x.
         if gate_weights:
-            means = launch.pooled(x, affine, act)
-            gate = Gate(*gate_weights)(means, x.dtype, act)
-        z = launch.normalise(x, affine, act, gate=gate, drop=None, residual=None)
+            gated = gate.forward(launch.pooled(x, affine, act), _pixels(x), gate_weights, x.dtype, act)
+        z = launch.normalise(x, affine, act, gate=gated[0], drop=None, residual=None)
         y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
-        ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, means, gate, *gate_weights)
+        ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, *gated, *gate_weights)
         ctx.rest = norm.reduce_statistics, act
         return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, norm_weight, norm_bias, weight, means, gate, *gate_weights = ctx.saved_tensors
+        x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
+        gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest
         affine = statistics, norm_weight, norm_bias
         flat = _as_matrix(_channels_last(dy))
         dz = (flat @ weight.to(x.dtype).flatten(1)).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
         shift: Tensor | None = None
         d_gate_weights: tuple[Tensor, ...] = ()
-        if gate is None:
+        if not gate_weights:
             z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
             sums = launch.norm_sums(x, affine, act, dz, None)
         else:
-            z, pixel_sums = launch.gated_sums(x, affine, act, gate, dz)
-            d_means, d_gate_weights = _gate_gradients(gate_weights, means, pixel_sums[0], x.dtype, act)
-            shift = d_means / (x.shape[2] * x.shape[3])
-            sums = torch.stack([(gate * pixel_sums[i] + shift * pixel_sums[i + 1]).sum(0) for i in (1, 3)])
+            z, partial = launch.gated_sums(x, affine, act, gated.gate, dz)
+            shift, sums, d_gate_weights = gate.backward(partial, _pixels(x), gated, gate_weights, act)
         d_weight = (flat.T @ _as_matrix(z)).view_as(weight).to(weight.dtype)
         del z
         over_all = _over_all(sums, x, reduce)
-        dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gate, shift=shift)
+        dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gated.gate, shift=shift)
         d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
         return dx, None, *d_norm, d_weight, None, None, *d_gate_weights
-
-
-def _gate_gradients(
-    weights: Sequence[Tensor], means: Tensor, d_gate: Tensor, dtype: torch.dtype, act: str
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the gradients of squeeze-excite's input and of its weights: so little is computed again by autograd."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (means, *weights)]
-        gate = Gate(*leaves[1:])(leaves[0], dtype, act)
-        d_means, *d_weights = torch.autograd.grad(gate, leaves, d_gate)
-    return d_means, tuple(d_weights)
