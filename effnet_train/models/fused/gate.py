@@ -82,7 +82,9 @@ def backward(
         **blocks,
     )
     sums = partial.new_empty(2, channels)
-    gradients = tuple(torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights)
+    # Rounded as those of layers that autocast casts.
+    rounded = {"dtype": gate.means.dtype, "memory_format": torch.contiguous_format}
+    gradients = tuple(torch.empty_like(weight, **rounded) for weight in weights)
     narrow = _blocks(*sizes[1:], most=32) | {"BN": _block(samples, 64), "BR": _block(grid[0], grid[0])}
     launch._launch(
         gate_kernels.parameter_gradients,
@@ -91,7 +93,7 @@ def backward(
         ACT=act,
         **narrow,
     )
-    return shift, sums, gradients
+    return shift, sums, tuple(found.to(weight.dtype) for found, weight in zip(gradients, weights, strict=True))
 
 
 def _few(partial: Tensor) -> Tensor:

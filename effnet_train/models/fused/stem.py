@@ -62,7 +62,7 @@ class StemConv(torch.autograd.Function):
         launch._launch(stem_kernels.weight_gradient, (programs,), x, dy, partial, *sizes, programs, **constants)
         kernel = ctx.padding.kernel
         found = launch.add_rows(partial).view(channels, kernel, kernel, -1).permute(0, 3, 1, 2)
-        return None, found.to(weight.dtype), None
+        return None, found.to(dy.dtype).to(weight.dtype), None  # rounded as autocast would have it
 
 
 def _sizes(x: Tensor, y: Tensor, padding: Padding) -> tuple[tuple[int, ...], int, dict[str, int]]:
