@@ -16,6 +16,7 @@ from effnet_train.models.fused import depthwise_kernels, norm_kernels
 _PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 512  # partial sums of a channel
 _WARPS = 4  # of a program, but where partial sums are added up
+_COLUMNS = 2  # neighbouring ones of an image, that a lane of a depthwise convolution goes down together
 # Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
 # it goes down columns of images these are weights, too, by the convolution's size.
 _NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "many sums": 8, 3: 4, 5: 2}
@@ -115,7 +116,7 @@ def _split(rows: int, channels: int, *, kind: str | int = "sums") -> _Split:
 
 def _columns_of(x: Tensor, padding: Padding, *, shift: int = 0) -> tuple[int, _Split, dict[str, int]]:
     """Divide the columns of x's images, and `shift` more of each, in groups: return how many, split and constants."""
-    columns = max(2, padding.stride)  # a multiple of the stride, so that which weights see which column is known
+    columns = max(_COLUMNS, padding.stride)  # a multiple of the stride, so that which weights see which column is known
     groups = x.shape[0] * math.ceil((x.shape[3] + shift) / columns)
     split = _split(groups, x.shape[1], kind=padding.kernel)
     return groups, split, {"K": padding.kernel, "STRIDE": padding.stride, "COLUMNS": columns, **split.blocks}
