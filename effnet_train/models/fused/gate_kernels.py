@@ -73,7 +73,7 @@ def squeeze(
     own = tl.program_id(1) * BS + tl.arange(0, BS)
     TYPE: tl.constexpr = means.dtype.element_ty
     value = tl.zeros([BN, BS], ACC)
-    for first in range(part * chunk, tl.minimum((part + 1) * chunk, C), BC):
+    for first in tl.range(part * chunk, tl.minimum((part + 1) * chunk, C), BC, num_stages=2):
         cols = first + tl.arange(0, BC)
         splits = stack(partial, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC)
         mean = (tl.sum(splits, axis=0) / pixels).to(TYPE)
@@ -146,7 +146,7 @@ def expand_gradient(
     own = tl.program_id(1) * BS + tl.arange(0, BS)
     TYPE: tl.constexpr = d_output.dtype.element_ty
     value = tl.zeros([BN, BS], ACC)
-    for first in range(part * chunk, tl.minimum((part + 1) * chunk, C), BC):
+    for first in tl.range(part * chunk, tl.minimum((part + 1) * chunk, C), BC, num_stages=2):
         cols = first + tl.arange(0, BC)
         splits = stack(partial, rows * SPLITS, cols, N * SPLITS, C, C, SPLITS, ACC)
         g = matrix(gate, rows, cols, N, C, ACC)
@@ -244,7 +244,7 @@ def parameter_gradients(
     reduce_bias = tl.zeros([BS], ACC)
     expand_weight = tl.zeros([BC, BS], ACC)
     expand_bias = tl.zeros([BC], ACC)
-    for first in range(0, N, BN):
+    for first in tl.range(0, N, BN, num_stages=2):
         rows = first + tl.arange(0, BN)
         of_hidden = matrix(d_hidden, rows, own, N, S, TYPE)
         of_output = matrix(d_output, rows, cols, N, C, TYPE)
