@@ -133,7 +133,7 @@ def forward(
 
 
 @triton.jit
-def input_gradient(
+def gradients(
     dy,
     weight,
     x,
@@ -141,7 +141,6 @@ def input_gradient(
     norm_weight,
     norm_bias,
     dx,
-    a,
     partial,
     M,
     C,
@@ -163,20 +162,22 @@ def input_gradient(
 ):
     """Write the gradient of the convolution's input, of M groups of columns; COLUMNS is a multiple of STRIDE.
 
-    Where the input was a = act(b), b = BatchNorm(x), and `x` is given: `dx` is b's gradient, `a` is written anew for
-    the weight's gradient, and sums for BatchNorm are left in `partial` as by `norm_sums`.
+    In `partial` (K * K + 2, programs, C) are left sums for the weights' gradient. Where the input was act(b),
+    b = BatchNorm(x), and there are `statistics`, `dx` is b's gradient, and the last two are sums for BatchNorm as of
+    `norm_sums`.
     """
     program, cols = place(C, BC)
     AHEAD: tl.constexpr = (ROWS_AHEAD + STRIDE - 1) // STRIDE
-    ROWS: tl.constexpr = max(K, STRIDE)
+    BEGUN: tl.constexpr = (K + STRIDE - 1) // STRIDE  # rows of the output that see a row, at most
     BEFORE: tl.constexpr = (K - 1) // STRIDE  # columns of the output that see one, besides that which begins there
     SEEING: tl.constexpr = BEFORE + (COLUMNS - 1) // STRIDE + 1
     weights = all_weights(weight, cols, C, K, ACC)
-    if x is not None:
+    if statistics is not None:
         mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
     odd = left % STRIDE  # groups begin there where the weights do
     groups = tl.cdiv(width + odd, COLUMNS)
     stop = tl.minimum(program * chunk + chunk, M)
+    totals = zeros(K * K, BM, BC, ACC)
     plain = tl.zeros([BM, BC], ACC)
     times_x = tl.zeros([BM, BC], ACC)
     for start in range(program * chunk, stop, BM):
@@ -187,28 +188,17 @@ def input_gradient(
         j = group * (COLUMNS // STRIDE) + left // STRIDE - BEFORE
         at = place_of(sample, column, height, width, C, cols)
         at_output = place_of(sample, j, out_height, out_width, C, cols)
-        sums = zeros(ROWS * COLUMNS, BM, BC, ACC)  # of the input's rows t * STRIDE - top, and on
+        seeing = zeros((BEGUN - 1) * SEEING, BM, BC, ACC)  # gradients of the output's rows t - 1, t - 2, ...
         coming = rows_of(dy, at_output, 0, j, inside, out_height, out_width, C, AHEAD, SEEING)
-        own_coming = ()
-        if x is not None:
-            own_coming = rows_of(x, at, -top, column, inside, height, width, C, AHEAD * STRIDE, COLUMNS)
+        own_coming = rows_of(x, at, -top, column, inside, height, width, C, AHEAD * STRIDE, COLUMNS)
         for t in range((height - 1 + top) // STRIDE + 1):
             coming = coming + rows_of(dy, at_output, t + AHEAD, j, inside, out_height, out_width, C, 1, SEEING)
-            if x is not None:
-                row = (t + AHEAD) * STRIDE - top
-                own_coming = own_coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, COLUMNS)
-            if t < out_height:
-                for o in tl.static_range(SEEING):
-                    value = coming[o].to(ACC)
-                    more = ()
-                    for di in tl.static_range(ROWS):
-                        for c in tl.static_range(COLUMNS):
-                            if di < K and c >= (o - BEFORE) * STRIDE and c < (o - BEFORE) * STRIDE + K:
-                                tap = weights[di * K + c - (o - BEFORE) * STRIDE]
-                                more = more + (sums[di * COLUMNS + c] + value * tap,)
-                            else:
-                                more = more + (sums[di * COLUMNS + c],)
-                    sums = more
+            row = (t + AHEAD) * STRIDE - top
+            own_coming = own_coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, COLUMNS)
+            newest = ()
+            for o in tl.static_range(SEEING):
+                newest = newest + (coming[o].to(ACC),)
+            seeing = newest + seeing
             coming = coming[SEEING:]
             if (t + 1) * STRIDE > top:
                 for s in tl.static_range(STRIDE):
@@ -217,87 +207,37 @@ def input_gradient(
                     own = at + (width * row).to(tl.int64) * C
                     for c in tl.static_range(COLUMNS):
                         valid = in_row & (column + c >= 0) & (column + c < width)
-                        grad = sums[s * COLUMNS + c]
-                        if x is not None:
-                            apart = own_coming[s * COLUMNS + c].to(ACC) - mean
-                            tl.store(a + own + c * C, activated(apart * (rstd * w) + b, ACT), mask=valid)
-                            grad = tl.where(valid, grad * slope(apart * (rstd * w) + b, ACT), 0.0)
+                        value = own_coming[s * COLUMNS + c].to(ACC)  # 0 where it is not valid
+                        if statistics is not None:
+                            apart = value - mean
+                            before = apart * (rstd * w) + b
+                            # Rounded as it was when it was convolved.
+                            value = tl.where(valid, activated(before, ACT).to(x.dtype.element_ty).to(ACC), 0.0)
+                        grad = tl.zeros([BM, BC], ACC)
+                        more = ()
+                        for tap in tl.static_range(K * K):
+                            if tap // K % STRIDE == s and (c - tap % K) % STRIDE == 0:
+                                seer = seeing[tap // K // STRIDE * SEEING + (c - tap % K) // STRIDE + BEFORE]
+                                grad += seer * weights[tap]
+                                more = more + (totals[tap] + seer * value,)
+                            else:
+                                more = more + (totals[tap],)
+                        totals = more
+                        if statistics is not None:
+                            grad = tl.where(valid, grad * slope(before, ACT), 0.0)
                             plain += grad
                             times_x += grad * apart
                         tl.store(dx + own + c * C, grad, mask=valid)
-            if x is not None:
-                own_coming = own_coming[STRIDE * COLUMNS :]
-            sums = sums[STRIDE * COLUMNS :] + zeros(STRIDE * COLUMNS, BM, BC, ACC)
-    if x is not None:
-        at_sum = partial + program * C + cols
-        tl.store(at_sum, tl.sum(plain, axis=0), mask=cols < C)
-        tl.store(at_sum + programs * C, tl.sum(times_x * rstd, axis=0), mask=cols < C)
+            own_coming = own_coming[STRIDE * COLUMNS :]
+            seeing = seeing[: (BEGUN - 1) * SEEING]
+    for tap in tl.static_range(K * K):
+        store_sum(partial, totals[tap], tap, cols, C, program, programs)
+    if statistics is not None:
+        store_sum(partial, plain, K * K, cols, C, program, programs)
+        store_sum(partial, times_x * rstd, K * K + 1, cols, C, program, programs)
 
 
 @triton.jit
-def weight_gradient(
-    x,
-    dy,
-    partial,
-    M,
-    C,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    chunk,
-    programs,
-    K: tl.constexpr,
-    STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Leave sums over a program's share of M groups of the output's columns in `partial` (K * K, programs, C)."""
-    program, cols = place(C, BC)
-    AHEAD: tl.constexpr = (ROWS_AHEAD + STRIDE - 1) // STRIDE
-    BEGUN: tl.constexpr = (K + STRIDE - 1) // STRIDE
-    SEEN: tl.constexpr = (COLUMNS - 1) * STRIDE + K
-    groups = tl.cdiv(out_width, COLUMNS)
-    stop = tl.minimum(program * chunk + chunk, M)
-    totals = zeros(K * K, BM, BC, ACC)
-    for start in range(program * chunk, stop, BM):
-        lanes = start + tl.arange(0, BM)[:, None]
-        inside = (lanes < stop) & (cols[None, :] < C)
-        sample, j = lanes // groups, lanes % groups * COLUMNS
-        column = j * STRIDE - left
-        at = place_of(sample, column, height, width, C, cols)
-        at_output = place_of(sample, j, out_height, out_width, C, cols)
-        begin = top // STRIDE  # rows before are all padding
-        coming = rows_of(x, at, begin * STRIDE - top, column, inside, height, width, C, AHEAD * STRIDE, SEEN)
-        grads = ()  # of the output's rows t - 1, t - 2, ... and, coming, t and on
-        for q in tl.static_range(1, BEGUN):
-            grads = grads + rows_of(dy, at_output, begin - q, j, inside, out_height, out_width, C, 1, COLUMNS)
-        grads_coming = rows_of(dy, at_output, begin, j, inside, out_height, out_width, C, AHEAD, COLUMNS)
-        for t in range(begin, tl.minimum(tl.cdiv(height + top, STRIDE), out_height + BEGUN - 1)):
-            row = (t + AHEAD) * STRIDE - top
-            coming = coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, SEEN)
-            more = rows_of(dy, at_output, t + AHEAD, j, inside, out_height, out_width, C, 1, COLUMNS)
-            grads_coming = grads_coming + more
-            grads = grads_coming[:COLUMNS] + grads
-            for s in tl.static_range(STRIDE):
-                for e in tl.static_range(SEEN):
-                    value = coming[s * SEEN + e].to(ACC)
-                    more = ()
-                    for tap in tl.static_range(K * K):
-                        # The weights' row is that of the input less that of the output; so is their column.
-                        total = totals[tap]
-                        for c in tl.static_range(COLUMNS):
-                            if tap // K % STRIDE == s and tap % K == e - c * STRIDE:
-                                total += value * grads[tap // K // STRIDE * COLUMNS + c].to(ACC)
-                        more = more + (total,)
-                    totals = more
-            coming = coming[STRIDE * SEEN :]
-            grads_coming = grads_coming[COLUMNS:]
-            grads = grads[: (BEGUN - 1) * COLUMNS]
-    for tap in tl.static_range(K * K):
-        at_sum = partial + (tap * programs + program) * C + cols
-        tl.store(at_sum, tl.sum(totals[tap], axis=0), mask=cols < C)
+def store_sum(partial, lanes, number, cols, C, program, programs):
+    """Add up the lanes, and store that as a program's part of the sum of this `number`."""
+    tl.store(partial + (number * programs + program) * C + cols, tl.sum(lanes, axis=0), mask=cols < C)

@@ -142,11 +142,10 @@ class NormActDepthwise(torch.autograd.Function):
         reduce, act, padding = ctx.rest
         dy = _channels_last(dy)
         affine = statistics, norm_weight, norm_bias
-        dx, a, sums = launch.depthwise_input_gradient(x, affine, act, dy, weight, padding)
-        d_weight = launch.depthwise_weight_gradient(x if a is None else a, dy, weight, padding)
+        dx, d_weight, sums = launch.depthwise_gradients(x, affine, act, dy, weight, padding)
+        d_weight = d_weight.to(weight.dtype)
         if sums is None:
             return dx, None, None, d_weight, None, None, None
-        del a
         # `dx` has come through the activation already.
         dx = launch.input_gradient(x, affine, NONE, dx, *_over_all(sums, x, reduce))
         return dx, sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None

@@ -276,29 +276,21 @@ def depthwise(x: Tensor, weight: Tensor, padding: Padding) -> tuple[Tensor, Tens
     return y, partial
 
 
-def depthwise_input_gradient(
+def depthwise_gradients(
     x: Tensor, affine: Sequence[Tensor | None], act: str, dy: Tensor, weight: Tensor, padding: Padding
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradient of the input; with an `affine`, of the input's BatchNorm's output, and two things more.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of the input and of the weights, the latter in `accumulator` (C, 1, K, K).
 
-    They are the input itself, act(BatchNorm(x)), and BatchNorm's sums (2, C).
+    With an `affine` the input was act(BatchNorm(x)): then the first is the gradient of BatchNorm's output, and the last
+    are its sums (2, C).
     """
-    channels = x.shape[1]
+    channels, taps = x.shape[1], padding.kernel**2
     groups, split, constants = _columns_of(x, padding, shift=padding.left % padding.stride)
-    normed = affine[0] is not None
-    dx, a = torch.empty_like(x), torch.empty_like(x) if normed else None
-    partial = x.new_empty(2, split.programs, channels, dtype=accumulator(x)) if normed else None
+    dx = torch.empty_like(x)
+    sums = taps if affine[0] is None else taps + 2
+    partial = x.new_empty(sums, split.programs, channels, dtype=accumulator(x))
     sizes = (groups, channels, *_geometry(x, dy, padding), split.chunk, split.programs)
-    arguments = (dy, weight.contiguous(), x if normed else None, *affine, dx, a, partial)
-    _launch(depthwise_kernels.input_gradient, _grid(split, channels), *arguments, *sizes, ACT=act, **constants)
-    return dx, a, None if partial is None else add_rows(partial)
-
-
-def depthwise_weight_gradient(a: Tensor, dy: Tensor, weight: Tensor, padding: Padding) -> Tensor:
-    """Return the gradient of the weights, in their shape (C, 1, K, K)."""
-    channels = dy.shape[1]
-    groups, split, constants = _columns_of(dy, padding)
-    partial = a.new_empty(padding.kernel**2, split.programs, channels, dtype=accumulator(a))
-    sizes = (groups, channels, *_geometry(a, dy, padding), split.chunk, split.programs)
-    _launch(depthwise_kernels.weight_gradient, _grid(split, channels), a, dy, partial, *sizes, **constants)
-    return add_rows(partial).T.reshape(weight.shape).to(weight.dtype)
+    arguments = (dy, weight.contiguous(), x, *affine, dx, partial)
+    _launch(depthwise_kernels.gradients, _grid(split, channels), *arguments, *sizes, ACT=act, **constants)
+    found = add_rows(partial)
+    return dx, found[:taps].T.reshape(weight.shape), None if affine[0] is None else found[taps:]
