@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from effnet_train.models.fused import launch
-from effnet_train.models.fused.launch import Drop, Padding
+from effnet_train.models.fused import expand, launch
+from effnet_train.models.fused.launch import NONE, Drop, Padding
 from effnet_train.models.layers import ACTIVATIONS, BatchNorm2d
 
-NONE = "none"
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -119,7 +118,8 @@ class NormAct(torch.autograd.Function):
 class NormActDepthwise(torch.autograd.Function):
     """Convolve act(BatchNorm(x)), or x itself without a norm, channel by channel; keep x.
 
-    The second result holds moments of the first, for the BatchNorm that follows.
+    With the weights of an expansion, x is expanded first, and its expansion is kept, too. The second result holds
+    moments of the first, for the BatchNorm that follows.
     """
 
     @staticmethod
@@ -132,36 +132,49 @@ class NormActDepthwise(torch.autograd.Function):
         norm: BatchNorm2d | None,
         act: str,
         padding: Padding,
+        expand_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         x = _channels_last(x)
+        expansion: tuple[Tensor | None, Tensor | None] = None, None
+        moments, expand_type = None, None
+        if expand_weight is not None:
+            expansion, expand_type = (x, expand_weight.to(x.dtype)), expand_weight.dtype
+            x, moments = expand.expanded(*expansion)
         a, statistics, reduce = x, None, None
         if norm is not None:
             assert norm_weight is not None
             assert norm_bias is not None
-            statistics, reduce = _statistics(x, norm), norm.reduce_statistics
+            statistics, reduce = _statistics(x, norm, moments), norm.reduce_statistics
             affine = statistics, norm_weight, norm_bias
             a = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
         y, partial = launch.depthwise(a, weight, padding)
-        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight)
-        ctx.rest = reduce, act, padding
+        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, *expansion)
+        ctx.rest = reduce, act, padding, expand_type
         ctx.mark_non_differentiable(partial)
         return y, partial
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, norm_weight, norm_bias, weight = ctx.saved_tensors
-        reduce, act, padding = ctx.rest
+        x, statistics, norm_weight, norm_bias, weight, *expansion = ctx.saved_tensors
+        reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
         affine = statistics, norm_weight, norm_bias
         dx, a, sums = launch.depthwise_input_gradient(x, affine, act, dy, weight, padding)
         d_weight = launch.depthwise_weight_gradient(x if a is None else a, dy, weight, padding)
         if sums is None:
-            return dx, None, None, d_weight, None, None, None
+            return dx, None, None, d_weight, None, None, None, None
         del a
         # `dx` has come through the activation already.
-        dx = launch.input_gradient(x, affine, NONE, dx, *_over_all(sums, x, reduce))
-        return dx, sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None
+        over_all, d_expand = _over_all(sums, x, reduce), None
+        if expand_type is None:
+            dx = launch.input_gradient(x, affine, NONE, dx, *over_all)
+        else:
+            needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
+            dx, d_expand = expand.gradients(dx, *expansion, x, affine, over_all, needed)
+            d_expand = None if d_expand is None else d_expand.to(expand_type)
+        d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
+        return dx, *d_norm, d_weight, None, None, None, d_expand
 
 
 class NormActProject(torch.autograd.Function):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
+NONE = "none"  # no activation
 _PROGRAMS = 4096  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 1024  # partial sums of a channel
-_WARPS = 4  # of every program
+_WARPS = 4  # of a program that does not say otherwise
 # Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
 # it goes down columns of images these are weights, too, by the convolution's size.
 _NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "many sums": 8, 3: 4, 5: 2}
@@ -53,13 +54,14 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel; `constants` may hold Triton's own `num_warps` and `num_stages`, too."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if tensors[0].is_meta:
         traffic(tensors)
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
-    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc, num_warps=_WARPS)
+    kernel[grid](*_specialised(kernel, arguments), **{"num_warps": _WARPS, **constants}, ACC=acc)
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
