@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from effnet_train.models.fused import expand_kernels, launch
 
-# Channels whose weights and sums fit into a program's registers.
-_MOST_INPUTS, _MOST_OUTPUTS = 63, 256
-_FORWARD_PROGRAMS = 1024  # of a channel
+# What is expanded by the kernels: on a CPU, under the interpreter, what tests are exact in.
+_TYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "meta": torch.bfloat16}
+_MOST_INPUTS, _MOST_OUTPUTS = 63, 256  # channels; the latter are those whose sums registers hold
+_FORWARD_PROGRAMS = 2048
 _BACKWARD_PROGRAMS = 264  # each leaves sums of a matrix's size: two for each of an H100's processors
 # By the inputs' channels, filled up: rows and channels at a time, warps, and loads that are under way.
 _FORWARD = {
@@ -30,9 +31,7 @@ _BACKWARD = {
 
 
 def _fits(x: Tensor) -> bool:
-    """Say whether kernels expand x: in bf16, and for tests in float64, which the interpreter alone has."""
-    dtypes = (torch.bfloat16, torch.float64) if x.device.type == "cpu" else (torch.bfloat16,)
-    return x.dtype in dtypes and x.shape[1] <= _MOST_INPUTS
+    return x.dtype == _TYPES.get(x.device.type) and x.shape[1] <= _MOST_INPUTS
 
 
 def expanded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +44,11 @@ def expanded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
     filled = max(16, _power_above(inputs - 1))
     constants = {"K": inputs, "BK": filled, **_FORWARD[filled]}
-    programs, chunk = _shares(rows, constants["BM"], _FORWARD_PROGRAMS)
+    blocks = math.ceil(channels / constants["BC"])
+    programs, chunk = _shares(rows, constants["BM"], _FORWARD_PROGRAMS // blocks)
     partial = x.new_empty(3, programs, channels, dtype=launch.accumulator(x))
-    grid = (programs * math.ceil(channels / constants["BC"]),)
-    launch._launch(
-        expand_kernels.expand, grid, x, _matrix(weight), y, partial, rows, channels, chunk, programs, **constants
-    )
+    arguments = (x, _matrix(weight), y, partial, rows, channels, chunk, programs)
+    launch._launch(expand_kernels.expand, (programs * blocks,), *arguments, **constants)
     return y, partial
 
 
@@ -79,21 +77,21 @@ def gradients(
     rows = x.numel() // inputs
     programs, chunk = _shares(rows, constants["BM"], _BACKWARD_PROGRAMS)
     dx = torch.empty_like(x) if needed[0] else None
-    products = (channels + inputs + 1) * inputs
+    products = (channels + inputs + 1) * (inputs + 1)
     partial = x.new_empty(1, programs, products, dtype=launch.accumulator(x)) if needed[1] else None
-    norm = statistics, norm_weight, sums
-    matrix = _matrix(weight)
-    blocks = math.ceil(channels / constants["BC"])
-    sizes = (rows, channels, count, chunk)
-    arguments = (g, x, matrix, *norm, dx, partial, *sizes)
-    launch._launch(expand_kernels.expand_gradients, (programs,), *arguments, **constants, BLOCKS=blocks)
-    return dx, None if partial is None else _weight_gradient(launch.add_rows(partial), weight, norm, count)
+    norm, sizes = (statistics, norm_weight, sums), (rows, channels, count, chunk)
+    constants["BLOCKS"] = math.ceil(channels / constants["BC"])
+    arguments = (g, x, _matrix(weight), *norm, dx, partial, *sizes)
+    launch._launch(expand_kernels.expand_gradients, (programs,), *arguments, **constants)
+    if partial is None:
+        return dx, None
+    return dx, _weight_gradient(launch.add_rows(partial), weight, norm, count, alone=1 < count == rows)
 
 
-def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor], count: int) -> Tensor:
+def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor], count: int, *, alone: bool) -> Tensor:
     channels, inputs = weight.shape[:2]
     out = products.new_empty(weight.shape)
-    constants = {"K": inputs, "BK": _power_above(inputs), "BC": 16}
+    constants = {"K": inputs, "ALONE": alone, "BK": _power_above(inputs), "BC": 16}
     arguments = (products, _matrix(weight), *norm, out, channels, count)
     launch._launch(expand_kernels.expand_weight_gradient, (math.ceil(channels / 16),), *arguments, **constants)
     return out

@@ -2,14 +2,14 @@
 
 Its BatchNorm's input gradient is A = s (g - plain) + p (y - mean), channel by channel: s = weight / deviation,
 p = -s * times_x / deviation, g what reaches BatchNorm's output, `plain` and `times_x` the means of g and of g times
-the normalised y. As y is x W^T, neither gradient needs y, or A written out. With T = g^T x, G = x^T x and m the sum of
-x's rows,
+the normalised y. As y is x W^T, neither gradient needs y, or A written out:
 
     dx = A W   = g (s W) + x (W^T p W) - (s plain + p mean) W
-    dW = A^T x = s T + p W G - (s plain + p mean) m
+    dW = A^T x = s (g^T x) + p W (x^T x) - (s plain + p mean) (1^T x)
 
-so that of the large tensors g alone is read, once, and by matrix products only. As in `norm_kernels`, nothing is added
-atomically. `BK` is K, filled up to a power of two.
+So of the large tensors g alone is read, once, and by products of matrices only, of which dW needs [g x 1]^T [x 1]. As in
+`norm_kernels`, nothing is added atomically. `BK` is K, filled up to a power of two, with room for the ones where
+there are any.
 """
 
 import triton
@@ -103,9 +103,10 @@ def expand_gradients(
     BK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write dx, and leave T, G and m of a program's `chunk` rows in a row of `partial`; either may be None.
+    """Write dx, and leave [g x 1]^T [x 1] of a program's `chunk` rows in `partial` (programs, C + K + 1, K + 1).
 
-    The sums (2, C) are those of `norm_sums` over all `count` rows. A program has all channels: BLOCKS times BC.
+    Either may be None. The sums (2, C) are those of `norm_sums` over all `count` rows. A program has all channels:
+    BLOCKS times BC.
     """
     start = tl.program_id(0) * chunk
     stop = tl.minimum(start + chunk, M)
@@ -129,7 +130,6 @@ def expand_gradients(
     high_of_x = of_x.to(x.dtype.element_ty)
     low_of_x = (of_x - high_of_x.to(ACC)).to(x.dtype.element_ty)
     squares = tl.zeros([BK, BK], ACC)
-    # Beside x stands a column of ones: of its products with x, the last row is m.
     one = tl.where(ks[None, :] == K, tl.full([1, BK], 1.0, tl.float32), 0.0).to(x.dtype.element_ty)
     # The next rows of x are asked for here; Triton asks for those of g, which products alone read.
     coming = inputs(x, start + tl.arange(0, BM)[:, None], stop, K, BK)
@@ -154,12 +154,12 @@ def expand_gradients(
             products = more
             squares = tl.dot(tl.trans(own), own, squares, out_dtype=ACC)
     if partial is not None:
-        at_sum = partial + tl.program_id(0).to(tl.int64) * ((C + K + 1) * K) + ks[None, :]
+        at_sum = partial + tl.program_id(0).to(tl.int64) * ((C + K + 1) * (K + 1)) + ks[None, :]
         for block in tl.static_range(BLOCKS):
             cols = (block * BC + tl.arange(0, BC))[:, None]
-            tl.store(at_sum + cols * K, products[block], mask=(cols < C) & (ks[None, :] < K))
+            tl.store(at_sum + cols * (K + 1), products[block], mask=(cols < C) & (ks[None, :] <= K))
         own_rows = tl.arange(0, BK)[:, None]
-        tl.store(at_sum + (C + own_rows) * K, squares, mask=(own_rows <= K) & (ks[None, :] < K))
+        tl.store(at_sum + (C + own_rows) * (K + 1), squares, mask=(own_rows <= K) & (ks[None, :] <= K))
 
 
 @triton.jit
@@ -173,19 +173,26 @@ def expand_weight_gradient(
     C,
     count,
     K: tl.constexpr,
+    ALONE: tl.constexpr,
     ACC: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write dW from what `expand_gradients` left, added up: T, G and m are `products` (C + K + 1, K)."""
+    """Write dW from what `expand_gradients` left, added up: `products` (C + K + 1, K + 1).
+
+    ALONE, all `count` rows are in it. Then A's sum over them is 0, and x may be taken from its mean: that of y, and
+    `plain`, were rounded otherwise than what they are to cancel.
+    """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     ks = tl.arange(0, BK)[None, :]
     of_g, of_y, constant = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
-    at = cols[:, None] * K + ks
-    inside = (cols[:, None] < C) & (ks < K)
-    found = tl.load(products + (C + K) * K + ks, mask=ks < K, other=0.0) * tl.trans(-constant)
-    found += tl.load(products + at, mask=inside, other=0.0) * tl.trans(of_g)
+    inside = cols[:, None] < C
+    total = tl.load(products + cols[:, None] * (K + 1) + ks, mask=inside & (ks <= K), other=0.0) * tl.trans(of_g)
     for k in range(K):
         w = tl.load(weight + cols * K + k, mask=cols < C, other=0.0).to(ACC)[:, None]
-        found += w * tl.trans(of_y) * tl.load(products + (C + k) * K + ks, mask=ks < K, other=0.0)
-    tl.store(out + at, found, mask=inside)
+        total += w * tl.trans(of_y) * tl.load(products + (C + k) * (K + 1) + ks, mask=ks <= K, other=0.0)
+    column = tl.load(products + (C + K) * (K + 1) + ks, mask=ks <= K, other=0.0)
+    if ALONE:
+        constant = tl.trans(tl.sum(tl.where(ks == K, total, 0.0), axis=1)[:, None]) / count
+    total -= tl.trans(constant) * column
+    tl.store(out + cols[:, None] * K + ks, total, mask=inside & (ks < K))
