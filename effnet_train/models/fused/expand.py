@@ -16,8 +16,9 @@ from effnet_train.models.fused import expand_kernels, launch
 # What is expanded by the kernels: on a CPU, under the interpreter, what tests are exact in.
 _TYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "meta": torch.bfloat16}
 _MOST_INPUTS, _MOST_OUTPUTS = 63, 256  # channels; the latter are those whose sums registers hold
+# Fixed, as with them a sum's last digit would change. Backward as many as an H100 has room for: of matrices of sums.
 _FORWARD_PROGRAMS = 2048
-_BACKWARD_PROGRAMS = 264  # each leaves sums of a matrix's size: two for each of an H100's processors
+_BACKWARD_PROGRAMS = {32: 264, 64: 132}
 # By the inputs' channels, filled up: rows and channels at a time, warps, and loads that are under way.
 _FORWARD = {
     16: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
@@ -75,7 +76,7 @@ def gradients(
     filled = max(32, _power_above(inputs))
     constants = {"K": inputs, "BK": filled, **_BACKWARD[filled]}
     rows = x.numel() // inputs
-    programs, chunk = _shares(rows, constants["BM"], _BACKWARD_PROGRAMS)
+    programs, chunk = _shares(rows, constants["BM"], _BACKWARD_PROGRAMS[filled])
     dx = torch.empty_like(x) if needed[0] else None
     products = (channels + inputs + 1) * (inputs + 1)
     partial = x.new_empty(1, programs, products, dtype=launch.accumulator(x)) if needed[1] else None

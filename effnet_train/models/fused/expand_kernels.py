@@ -7,8 +7,8 @@ the normalised y. As y is x W^T, neither gradient needs y, or A written out:
     dx = A W   = g (s W) + x (W^T p W) - (s plain + p mean) W
     dW = A^T x = s (g^T x) + p W (x^T x) - (s plain + p mean) (1^T x)
 
-So of the large tensors g alone is read, once, and by products of matrices only, of which dW needs [g x 1]^T [x 1]. As in
-`norm_kernels`, nothing is added atomically. `BK` is K, filled up to a power of two, with room for the ones where
+So of the large tensors g alone is read, once, and by products of matrices only, of which dW needs [g x 1]^T [x 1].
+As in `norm_kernels`, nothing is added atomically. `BK` is K filled up to a power of two, with room for the ones where
 there are any.
 """
 

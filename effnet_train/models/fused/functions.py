@@ -135,11 +135,10 @@ class NormActDepthwise(torch.autograd.Function):
         expand_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         x = _channels_last(x)
-        expansion: tuple[Tensor | None, Tensor | None] = None, None
-        moments, expand_type = None, None
+        narrow, lowered, moments = None, None, None
         if expand_weight is not None:
-            expansion, expand_type = (x, expand_weight.to(x.dtype)), expand_weight.dtype
-            x, moments = expand.expanded(*expansion)
+            narrow, lowered = x, expand_weight.to(x.dtype)
+            x, moments = expand.expanded(narrow, lowered)
         a, statistics, reduce = x, None, None
         if norm is not None:
             assert norm_weight is not None
@@ -148,15 +147,15 @@ class NormActDepthwise(torch.autograd.Function):
             affine = statistics, norm_weight, norm_bias
             a = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
         y, partial = launch.depthwise(a, weight, padding)
-        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, *expansion)
-        ctx.rest = reduce, act, padding, expand_type
+        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, narrow, lowered)
+        ctx.rest = reduce, act, padding, None if expand_weight is None else expand_weight.dtype
         ctx.mark_non_differentiable(partial)
         return y, partial
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, norm_weight, norm_bias, weight, *expansion = ctx.saved_tensors
+        x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
         reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
         affine = statistics, norm_weight, norm_bias
@@ -166,15 +165,13 @@ class NormActDepthwise(torch.autograd.Function):
             return dx, None, None, d_weight, None, None, None, None
         del a
         # `dx` has come through the activation already.
-        over_all, d_expand = _over_all(sums, x, reduce), None
-        if expand_type is None:
-            dx = launch.input_gradient(x, affine, NONE, dx, *over_all)
-        else:
-            needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-            dx, d_expand = expand.gradients(dx, *expansion, x, affine, over_all, needed)
-            d_expand = None if d_expand is None else d_expand.to(expand_type)
-        d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
-        return dx, *d_norm, d_weight, None, None, None, d_expand
+        over_all = _over_all(sums, x, reduce)
+        gradients = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None
+        if narrow is None:
+            return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
+        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed)
+        return d_narrow, *gradients, None if d_expand is None else d_expand.to(expand_type)
 
 
 class NormActProject(torch.autograd.Function):

@@ -1,6 +1,5 @@
 """The expansion with BatchNorm, activation and a depthwise convolution against plain PyTorch, in float64 and bf16."""
 
-import math
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_train.models.efficientnet import MBConv
-from effnet_train.models.fused import expand, expand_kernels, functions, launch, layers
+from effnet_train.models.fused import expand, functions, launch, layers
 from effnet_train.models.layers import BatchNorm2d, Style
 from effnet_train.models.scaling import Stage
 
@@ -60,7 +59,7 @@ def found(run: Any, tensors: list[Tensor], device: torch.device, *, act: str = "
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have programs go over several tiles, and tiles that do not divide the rows."""
     monkeypatch.setattr(expand, "_FORWARD_PROGRAMS", 6)
-    monkeypatch.setattr(expand, "_BACKWARD_PROGRAMS", 3)
+    monkeypatch.setattr(expand, "_BACKWARD_PROGRAMS", dict.fromkeys(expand._BACKWARD_PROGRAMS, 3))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def low_precision(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torc
 def test_as_exact_in_bf16_as_the_libraries(
     device: torch.device, low_precision: torch.dtype, mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms of the errors, to float64 on the same rounded numbers: below 1 %, and not above cuDNN's way by half."""
+    """Norms of the errors, to float64 on the same rounded numbers: below 1 %, and at most 1.2 times the libraries'."""
     tensors = leaves(24, 144, 2, 14, 13, mean=mean)
     rounded = [tensors[0].to(low_precision), *tensors[1:4], tensors[4].to(low_precision)]
     expected = found(plain, [t.double().requires_grad_() for t in rounded], device)
@@ -157,7 +156,8 @@ def test_as_exact_in_bf16_as_the_libraries(
     for name in ("y", "x", "expand_weight", "norm_weight"):
         scale = expected[name].norm()
         error, usual = (((some[name].double() - expected[name]).norm() / scale).item() for some in (ours, theirs))
-        assert error < max(0.01, 1.5 * usual), name
+        assert error < 0.01, name
+        assert error < 1.2 * usual, name
 
 
 def test_the_same_bits_twice(device: torch.device) -> None:
@@ -186,10 +186,12 @@ def test_what_the_kernels_expand_on_a_gpu(
         block = MBConv(Stage(3, 1, 6, inputs, 8, 1), se_ratio=0.25, rate=0.0, style=Style(fused=True)).to(dtype)
         x = torch.empty(2, inputs, 4, 4, dtype=dtype, requires_grad=True)
         y = block.train()(x)
-        assert ("expand" in called, "moments" in called) == (forward, True)  # those of the projection
+        assert called.count("expand") == forward
+        assert called.count("moments") == 2 - forward  # the projection's output has its own
         y.sum().backward()
-    assert ("expand_gradients" in called) == ("expand_weight_gradient" in called) == backward
-    assert called.count("input_gradient") == (3 if not backward else 2) + 1
+    assert called.count("expand_gradients") == called.count("expand_weight_gradient") == backward
+    norms = 3 - backward  # one's gradient goes into the expansion's
+    assert called.count("input_gradient") == norms + 1  # a depthwise kernel has the same name
 
 
 def test_autocast_chooses_the_type(device: torch.device) -> None:
@@ -199,12 +201,3 @@ def test_autocast_chooses_the_type(device: torch.device) -> None:
         assert layers.autocast(x).dtype == torch.bfloat16
         assert layers.autocast(x.double()).dtype == torch.float64
         assert layers.autocast(torch.zeros(1, device="meta")).dtype == torch.float32
-
-
-def test_every_size_has_its_blocks() -> None:
-    for inputs in range(1, expand._MOST_INPUTS + 1):
-        forward = expand._FORWARD[max(16, expand._power_above(inputs - 1))]
-        backward = expand._BACKWARD[max(32, expand._power_above(inputs))]
-        assert math.ceil(expand._MOST_OUTPUTS / backward["BC"]) * backward["BC"] >= expand._MOST_OUTPUTS
-        assert forward["BM"] % 16 == 0
-    assert expand_kernels.expand is not None
