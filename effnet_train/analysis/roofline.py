@@ -79,7 +79,7 @@ def _best(function: Callable[[], object], device: str) -> float:
 
 # Parts of the operators' names, the first that fits; a convolution is looked at once more.
 _KINDS: Mapping[str, tuple[str, ...]] = {
-    "convolution, depthwise": ("NormActDepthwise",),  # with BatchNorm and activation of its input
+    "convolution, depthwise": ("NormActDepthwise",),  # with expansion, BatchNorm and activation before it
     "gate and projection": ("NormActProject",),  # with BatchNorm and activation before them
     "convolution": ("conv",),
     "normalisation": ("batch_norm", "norm_swish", "NormSwish", "NormAct"),

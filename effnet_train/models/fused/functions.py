@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from effnet_train.models.fused import gate, launch
-from effnet_train.models.fused.launch import Drop, Padding
+from effnet_train.models.fused import expand, gate, launch
+from effnet_train.models.fused.launch import NONE, Drop, Padding
 from effnet_train.models.layers import BatchNorm2d
 
-NONE = "none"
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -107,7 +106,8 @@ class NormAct(torch.autograd.Function):
 class NormActDepthwise(torch.autograd.Function):
     """Convolve act(BatchNorm(x)), or x itself without a norm, channel by channel; keep x.
 
-    The second result holds moments of the first, for the BatchNorm that follows.
+    With the weights of an expansion, x is expanded first, and its expansion is kept, too. The second result holds
+    moments of the first, for the BatchNorm that follows.
     """
 
     @staticmethod
@@ -120,35 +120,45 @@ class NormActDepthwise(torch.autograd.Function):
         norm: BatchNorm2d | None,
         act: str,
         padding: Padding,
+        expand_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         x = _channels_last(x)
+        narrow, lowered, moments = None, None, None
+        if expand_weight is not None:
+            narrow, lowered = x, expand_weight.to(x.dtype)
+            x, moments = expand.expanded(narrow, lowered)
         a, statistics, reduce = x, None, None
         if norm is not None:
             assert norm_weight is not None
             assert norm_bias is not None
-            statistics, reduce = _statistics(x, norm), norm.reduce_statistics
+            statistics, reduce = _statistics(x, norm, moments), norm.reduce_statistics
             affine = statistics, norm_weight, norm_bias
             a = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
         y, partial = launch.depthwise(a, weight, padding)
-        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight)
-        ctx.rest = reduce, act, padding
+        ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, narrow, lowered)
+        ctx.rest = reduce, act, padding, None if expand_weight is None else expand_weight.dtype
         ctx.mark_non_differentiable(partial)
         return y, partial
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, norm_weight, norm_bias, weight = ctx.saved_tensors
-        reduce, act, padding = ctx.rest
+        x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
+        reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
         affine = statistics, norm_weight, norm_bias
         dx, d_weight, sums = launch.depthwise_gradients(x, affine, act, dy, weight, padding)
         d_weight = d_weight.to(weight.dtype)
         if sums is None:
-            return dx, None, None, d_weight, None, None, None
+            return dx, None, None, d_weight, None, None, None, None
         # `dx` has come through the activation already.
-        dx = launch.input_gradient(x, affine, NONE, dx, *_over_all(sums, x, reduce))
-        return dx, sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None
+        over_all = _over_all(sums, x, reduce)
+        gradients = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype), d_weight, None, None, None
+        if narrow is None:
+            return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
+        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed)
+        return d_narrow, *gradients, None if d_expand is None else d_expand.to(expand_type)
 
 
 class NormActProject(torch.autograd.Function):

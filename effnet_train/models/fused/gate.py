@@ -44,7 +44,7 @@ def forward(partial: Tensor, pixels: int, weights: Sequence[Tensor], dtype: torc
         **blocks,
     )
     arguments = squeezed, reduce_bias, expand_weight, expand_bias, hidden, gate, *sizes
-    launch._launch(gate_kernels.expand, _grid(sizes, blocks), *arguments, PARTS=parts, ACT=act, **blocks)
+    launch._launch(gate_kernels.excite, _grid(sizes, blocks), *arguments, PARTS=parts, ACT=act, **blocks)
     return Gate(gate, means, hidden)
 
 
@@ -64,7 +64,7 @@ def backward(
     d_output, d_hidden = torch.empty_like(gate.means), torch.empty_like(gate.hidden)
     d_activated = partial.new_empty(parts, *d_hidden.shape)
     launch._launch(
-        gate_kernels.expand_gradient,
+        gate_kernels.excite_gradient,
         _contraction_grid(sizes, parts, blocks),
         *(partial, gate.gate, expand_weight, d_output, d_activated, *sizes, chunk, parts),
         SPLITS=splits,
@@ -83,8 +83,7 @@ def backward(
     )
     sums = partial.new_empty(2, channels)
     # Rounded as those of layers that autocast casts.
-    rounded = {"dtype": gate.means.dtype, "memory_format": torch.contiguous_format}
-    gradients = tuple(torch.empty_like(weight, **rounded) for weight in weights)
+    gradients = tuple(gate.means.new_empty(weight.shape) for weight in weights)
     narrow = _blocks(*sizes[1:], most=32) | {"BN": _block(samples, 64), "BR": _block(grid[0], grid[0])}
     launch._launch(
         gate_kernels.parameter_gradients,

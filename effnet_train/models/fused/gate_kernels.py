@@ -84,7 +84,7 @@ def squeeze(
 
 
 @triton.jit
-def expand(
+def excite(
     squeezed,
     reduce_bias,
     expand_weight,
@@ -120,7 +120,7 @@ def expand(
 
 
 @triton.jit
-def expand_gradient(
+def excite_gradient(
     partial,
     gate,
     expand_weight,

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
+NONE = "none"  # no activation
 _PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
 _MOST_PARTS = 512  # partial sums of a channel
-_WARPS = 4  # of a program, but where partial sums are added up
+_WARPS = 4  # of a program that does not say otherwise
 _COLUMNS = 2  # neighbouring ones of an image, that a lane of a depthwise convolution goes down together
 # Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
 # it goes down columns of images these are weights, too, by the convolution's size.
@@ -53,14 +54,15 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = _WARPS, **constants: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel; `constants` may hold Triton's own `num_warps` and `num_stages`, too."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if tensors[0].is_meta:
         traffic(tensors)
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
-    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc, num_warps=num_warps)
+    kernel[grid](*_specialised(kernel, arguments), **{"num_warps": _WARPS, **constants}, ACC=acc)
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,10 +1,11 @@
 """The layers of `models.layers` and the block of EfficientNet, in training, by the functions of `fused`."""
 
+import torch
 from torch import Tensor, nn
 
 from effnet_train.models.fused import stem
-from effnet_train.models.fused.functions import NONE, NormAct, NormActDepthwise, NormActProject
-from effnet_train.models.fused.launch import Padding
+from effnet_train.models.fused.functions import NormAct, NormActDepthwise, NormActProject
+from effnet_train.models.fused.launch import NONE, Padding
 from effnet_train.models.layers import ACTIVATIONS, Conv2d, ConvNorm, SqueezeExcite
 
 
@@ -42,12 +43,14 @@ def block(
     rate: float,
 ) -> Tensor:
     """Map (N, C, H, W) as `MBConv` does in training."""
-    act, norm = activation(depthwise), None
-    y = x
+    act = activation(depthwise)
+    weight, place = depthwise.conv.weight, padding(depthwise.conv, x)
     if isinstance(expand, ConvNorm):
-        y, norm = expand.conv(x), expand.norm
-    affine = (None, None) if norm is None else (norm.weight, norm.bias)
-    y, moments = NormActDepthwise.apply(y, *affine, depthwise.conv.weight, norm, act, padding(depthwise.conv, y))
+        norm = expand.norm
+        rest = norm.weight, norm.bias, weight, norm, act, place, expand.conv.weight
+        y, moments = NormActDepthwise.apply(autocast(x), *rest)
+    else:
+        y, moments = NormActDepthwise.apply(x, None, None, weight, None, act, place)
     norm = depthwise.norm
     gate = (
         [*squeeze_excite.reduce.parameters(), *squeeze_excite.expand.parameters()]
@@ -56,6 +59,13 @@ def block(
     )
     y = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
     return norm_act(project, y, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in the type that autocast has convolutions computed in."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on and x.dtype != torch.float64 else x
 
 
 def padding(conv: Conv2d, x: Tensor) -> Padding:

@@ -27,8 +27,9 @@ def test_kernels_compile(capability: int, kinds: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout)
     names = {name.partition(" ")[0] for name in sizes}
-    depthwise = {"forward", "input_gradient", "weight_gradient"}
-    norms = {"moments", "finish_moments", "normalise", "pool", "add_rows", "gated_sums", "norm_sums"}
-    gates = {"squeeze", "expand", "expand_gradient", "squeeze_gradient", "parameter_gradients"}
-    assert names == {*depthwise, *norms, *gates, "update"}
+    depthwise = {"forward", "gradients"}
+    norms = {"moments", "input_gradient", "finish_moments", "normalise", "pool", "add_rows", "gated_sums", "norm_sums"}
+    gates = {"squeeze", "excite", "excite_gradient", "squeeze_gradient", "parameter_gradients"}
+    expansion = {"expand", "expand_gradients", "expand_weight_gradient"}
+    assert names == {*depthwise, *norms, *gates, *expansion, "update"}
     assert all(size > 0 for size in sizes.values())

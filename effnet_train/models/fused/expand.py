@@ -1,0 +1,114 @@
+"""The expansion, forward and backward: by kernels of its own where memory is what it waits for, else by cuDNN.
+
+Ours leave BatchNorm's moments with the output, and backward read the large gradient once; after BatchNorm's own
+backward pass, a convolution's two gradients are five passes over tensors of that size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effnet_train.models.fused import expand_kernels, launch
+
+# What is expanded by the kernels: on a CPU, under the interpreter, what tests are exact in.
+_TYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "meta": torch.bfloat16}
+_MOST_INPUTS, _MOST_OUTPUTS = 63, 256  # channels; the latter are those whose sums registers hold
+# Fixed, as with them a sum's last digit would change. Backward as many as an H100 has room for: of matrices of sums.
+_FORWARD_PROGRAMS = 2048
+_BACKWARD_PROGRAMS = {32: 264, 64: 132}
+# By the inputs' channels, filled up: rows and channels at a time, warps, and loads that are under way.
+_FORWARD = {
+    16: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
+    32: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
+    64: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
+}
+_BACKWARD = {
+    32: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
+    64: {"BM": 64, "BC": 256, "num_warps": 8, "num_stages": 2},
+}
+
+
+def _fits(x: Tensor) -> bool:
+    return x.dtype == _TYPES.get(x.device.type) and x.shape[1] <= _MOST_INPUTS
+
+
+def expanded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (N, K, H, W), channels-last, convolved by `weight` (C, K, 1, 1) of its type, and `launch.moments`."""
+    if not _fits(x):
+        y = F.conv2d(x, weight).contiguous(memory_format=torch.channels_last)
+        return y, launch.moments(y)
+    samples, inputs, height, width = x.shape
+    rows, channels = samples * height * width, weight.shape[0]
+    y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
+    filled = max(16, _power_above(inputs - 1))
+    constants = {"K": inputs, "BK": filled, **_FORWARD[filled]}
+    blocks = math.ceil(channels / constants["BC"])
+    programs, chunk = _shares(rows, constants["BM"], _FORWARD_PROGRAMS // blocks)
+    partial = x.new_empty(3, programs, channels, dtype=launch.accumulator(x))
+    arguments = (x, _matrix(weight), y, partial, rows, channels, chunk, programs)
+    launch._launch(expand_kernels.expand, (programs * blocks,), *arguments, **constants)
+    return y, partial
+
+
+def gradients(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    affine: Sequence[Tensor],
+    over_all: tuple[Tensor, int],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x and of the weights, where they are needed, from that of BatchNorm's output.
+
+    `y` is what `expanded` returned, `affine` and `over_all` are what `launch.input_gradient` takes.
+    """
+    if not any(needed):
+        return None, None
+    if not _fits(x) or weight.shape[0] > _MOST_OUTPUTS:
+        dy = launch.input_gradient(y, affine, launch.NONE, g, *over_all)
+        rest = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needed, False])
+        return torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)[:2]
+    (channels, inputs), (statistics, norm_weight, _), (sums, count) = weight.shape[:2], affine, over_all
+    filled = max(32, _power_above(inputs))
+    constants = {"K": inputs, "BK": filled, **_BACKWARD[filled]}
+    rows = x.numel() // inputs
+    programs, chunk = _shares(rows, constants["BM"], _BACKWARD_PROGRAMS[filled])
+    dx = torch.empty_like(x) if needed[0] else None
+    products = (channels + inputs + 1) * (inputs + 1)
+    partial = x.new_empty(1, programs, products, dtype=launch.accumulator(x)) if needed[1] else None
+    norm, sizes = (statistics, norm_weight, sums), (rows, channels, count, chunk)
+    constants["BLOCKS"] = math.ceil(channels / constants["BC"])
+    arguments = (g, x, _matrix(weight), *norm, dx, partial, *sizes)
+    launch._launch(expand_kernels.expand_gradients, (programs,), *arguments, **constants)
+    if partial is None:
+        return dx, None
+    return dx, _weight_gradient(launch.add_rows(partial), weight, norm, count, alone=1 < count == rows)
+
+
+def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor], count: int, *, alone: bool) -> Tensor:
+    channels, inputs = weight.shape[:2]
+    out = products.new_empty(weight.shape)
+    constants = {"K": inputs, "ALONE": alone, "BK": _power_above(inputs), "BC": 16}
+    arguments = (products, _matrix(weight), *norm, out, channels, count)
+    launch._launch(expand_kernels.expand_weight_gradient, (math.ceil(channels / 16),), *arguments, **constants)
+    return out
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1).contiguous()
+
+
+def _power_above(number: int) -> int:
+    """Return the least power of two above a number."""
+    return 1 << number.bit_length()
+
+
+def _shares(rows: int, block: int, most: int) -> tuple[int, int]:
+    """Divide rows among at most so many programs: their number, and the rows of each, a multiple of `block`."""
+    tiles = math.ceil(rows / block)
+    chunk = math.ceil(tiles / min(tiles, most)) * block
+    return math.ceil(rows / chunk), chunk
