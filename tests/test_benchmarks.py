@@ -141,6 +141,8 @@ def test_the_kernels_calls_of_a_step_are_repeated(tmp_path):
         "depthwise forward",
         "depthwise input_gradient",
         "depthwise weight_gradient",
+        "gate squeeze",
+        "gate parameter_gradients",
         "norm gated_sums",
         "norm pool",
     )

@@ -169,7 +169,9 @@ def input_gradient(
     program, cols = place(C, BC)
     AHEAD: tl.constexpr = (ROWS_AHEAD + STRIDE - 1) // STRIDE
     ROWS: tl.constexpr = max(K, STRIDE)
-    BEFORE: tl.constexpr = (K - 1) // STRIDE  # columns of the output that see a column, besides the one that begins there
+    BEFORE: tl.constexpr = (
+        K - 1
+    ) // STRIDE  # columns of the output that see a column, besides the one that begins there
     SEEING: tl.constexpr = BEFORE + (COLUMNS - 1) // STRIDE + 1
     weights = all_weights(weight, cols, C, K, ACC)
     if x is not None:

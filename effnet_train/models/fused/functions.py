@@ -5,35 +5,18 @@ gradients of bias and weight, and over all rows of the batch (of all ranks that 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from effnet_train.models.fused import launch
+from effnet_train.models.fused import gate, launch, project
 from effnet_train.models.fused.launch import Drop, Padding
-from effnet_train.models.layers import ACTIVATIONS, BatchNorm2d
+from effnet_train.models.layers import BatchNorm2d
 
 NONE = "none"
 Reduce = Callable[[Tensor], Tensor]
-
-
-class Gate(NamedTuple):
-    """Hold squeeze-excite's weights: those of both its layers, and its activation."""
-
-    reduce_weight: Tensor
-    reduce_bias: Tensor
-    expand_weight: Tensor
-    expand_bias: Tensor
-
-    def __call__(self, means: Tensor, dtype: torch.dtype, act: str) -> Tensor:
-        """Map means (N, C) to gates (N, C) in (0, 1), computing in `dtype` as the plain layers would."""
-        squeezed = F.linear(means.to(dtype), self.reduce_weight.to(dtype).flatten(1), self.reduce_bias.to(dtype))
-        squeezed = ACTIVATIONS[act]()(squeezed)
-        gate = F.linear(squeezed, self.expand_weight.to(dtype).flatten(1), self.expand_bias.to(dtype))
-        return gate.to(means.dtype).sigmoid()
 
 
 def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
@@ -60,6 +43,10 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
+def _pixels(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3]
+
+
 def _over_all(sums: Tensor, x: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
     """Return BatchNorm's sums over all rows that share its statistics, and the number of these; or means, and 1."""
     if reduce is None:
@@ -82,12 +69,13 @@ def _drop(u: Tensor | None, rate: float) -> Drop | None:
 
 
 class NormAct(torch.autograd.Function):
-    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x."""
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x, of which `partial` are moments, if they are known."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        partial: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         residual: Tensor | None,
@@ -97,7 +85,7 @@ class NormAct(torch.autograd.Function):
         rate: float,
     ) -> Tensor:
         x = _channels_last(x)
-        statistics = _statistics(x, norm)
+        statistics = _statistics(x, norm, partial)
         ctx.save_for_backward(x, statistics, weight, bias, u)
         ctx.rest = norm.reduce_statistics, act, rate, None if residual is None else residual.dtype
         residual = None if residual is None else _channels_last(residual)
@@ -113,7 +101,7 @@ class NormAct(torch.autograd.Function):
         sums = launch.norm_sums(x, affine, act, dense, drop)
         dx = launch.input_gradient(x, affine, act, dense, *_over_all(sums, x, reduce), drop=drop)
         d_residual = None if residual is None else dy.to(residual)
-        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), d_residual, None, None, None, None
+        return dx, None, sums[1].to(weight.dtype), sums[0].to(bias.dtype), d_residual, None, None, None, None
 
 
 class NormActDepthwise(torch.autograd.Function):
@@ -165,7 +153,10 @@ class NormActDepthwise(torch.autograd.Function):
 
 
 class NormActProject(torch.autograd.Function):
-    """Project act(BatchNorm(x)) by a matrix, gated by squeeze-excite where `gate` holds its weights; keep x."""
+    """Project act(BatchNorm(x)) by a matrix, gated by squeeze-excite where `gate` holds its weights; keep x.
+
+    The second result holds moments of the first, where they came with it.
+    """
 
     @staticmethod
     def forward(
@@ -178,52 +169,74 @@ class NormActProject(torch.autograd.Function):
         norm: BatchNorm2d,
         act: str,
         *gate_weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         x = _channels_last(x)
         affine = _statistics(x, norm, partial), norm_weight, norm_bias
-        means, gate = None, None
+        gated: gate.Gate | tuple[None, ...] = (None, None, None)
         # Types are as autocast would have them: it has chosen that of x.
         if gate_weights:
-            means = launch.pooled(x, affine, act)
-            gate = Gate(*gate_weights)(means, x.dtype, act)
-        z = launch.normalise(x, affine, act, gate=gate, drop=None, residual=None)
-        y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
-        ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, means, gate, *gate_weights)
+            gated = gate.forward(launch.pooled(x, affine, act), _pixels(x), gate_weights, x.dtype, act)
+        y, moments = _project(x, affine, act, gated[0], _weights_as_matrix(weight, x))
+        ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, *gated, *gate_weights)
         ctx.rest = norm.reduce_statistics, act
-        return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        if moments is not None:
+            ctx.mark_non_differentiable(moments)
+        return y, moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, norm_weight, norm_bias, weight, means, gate, *gate_weights = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
+        gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest
         affine = statistics, norm_weight, norm_bias
-        flat = _as_matrix(_channels_last(dy))
-        dz = (flat @ weight.to(x.dtype).flatten(1)).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        dy, matrix = _channels_last(dy), _weights_as_matrix(weight, x)
+        sums, d_matrix, dz = _project_sums(x, affine, act, gated.gate, dy, matrix)
         shift: Tensor | None = None
         d_gate_weights: tuple[Tensor, ...] = ()
-        if gate is None:
-            z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
-            sums = launch.norm_sums(x, affine, act, dz, None)
-        else:
-            z, pixel_sums = launch.gated_sums(x, affine, act, gate, dz)
-            d_means, d_gate_weights = _gate_gradients(gate_weights, means, pixel_sums[0], x.dtype, act)
-            shift = d_means / (x.shape[2] * x.shape[3])
-            sums = torch.stack([(gate * pixel_sums[i] + shift * pixel_sums[i + 1]).sum(0) for i in (1, 3)])
-        d_weight = (flat.T @ _as_matrix(z)).view_as(weight).to(weight.dtype)
-        del z
+        if gate_weights:
+            shift, sums, d_gate_weights = gate.backward(sums, _pixels(x), gated, gate_weights, act)
         over_all = _over_all(sums, x, reduce)
-        dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gate, shift=shift)
+        if dz is None:
+            dx = project.input_gradient(x, affine, act, (gated.gate, shift), dy, matrix, over_all)
+        else:
+            dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gated.gate, shift=shift)
+        d_weight = d_matrix.view_as(weight).to(weight.dtype)
         d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
         return dx, None, *d_norm, d_weight, None, None, *d_gate_weights
 
 
-def _gate_gradients(
-    weights: Sequence[Tensor], means: Tensor, d_gate: Tensor, dtype: torch.dtype, act: str
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the gradients of squeeze-excite's input and of its weights: so little is computed again by autograd."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (means, *weights)]
-        gate = Gate(*leaves[1:])(leaves[0], dtype, act)
-        d_means, *d_weights = torch.autograd.grad(gate, leaves, d_gate)
-    return d_means, tuple(d_weights)
+def _weights_as_matrix(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a 1x1 convolution's weights as (D, C), in x's type."""
+    return weight.to(x.dtype).flatten(1).contiguous()
+
+
+def _as_image(flat: Tensor, x: Tensor) -> Tensor:
+    """View (N * H * W, D) as (N, D, H, W), where x is (N, C, H, W)."""
+    return flat.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _project(
+    x: Tensor, affine: Sequence[Tensor], act: str, gates: Tensor | None, matrix: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the projection, and its moments if they come with it."""
+    if project.fits(x, len(matrix)):
+        return project.forward(x, affine, act, gates, matrix)
+    z = launch.normalise(x, affine, act, gate=gates, drop=None, residual=None)
+    return _as_image(_as_matrix(z) @ matrix.T, x), None
+
+
+def _project_sums(
+    x: Tensor, affine: Sequence[Tensor], act: str, gates: Tensor | None, dy: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return `gated_sums`' or `norm_sums`' sums, the matrix's gradient, and that of what it was multiplied by, if made."""
+    if project.fits(x, len(matrix)):
+        return *project.sums(x, affine, act, gates, dy, matrix), None
+    flat = _as_matrix(dy)
+    dz = _as_image(flat @ matrix, x)
+    if gates is None:
+        z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
+        sums = launch.norm_sums(x, affine, act, dz, None)
+    else:
+        z, sums = launch.gated_sums(x, affine, act, gates, dz)
+    return sums, flat.T @ _as_matrix(z), dz

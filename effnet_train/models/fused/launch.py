@@ -13,9 +13,9 @@ from torch import Tensor
 
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
-_PROGRAMS = 4096  # that a reduction is divided among: fixed, as with them a sum's last digit would change
-_MOST_PARTS = 1024  # partial sums of a channel
-_WARPS = 4  # of every program
+_PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
+_MOST_PARTS = 512  # partial sums of a channel
+_WARPS = 4  # of a program, but where partial sums are added up
 # Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
 # it goes down columns of images these are weights, too, by the convolution's size.
 _NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "many sums": 8, 3: 4, 5: 2}
@@ -52,14 +52,14 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = _WARPS, **constants: Any) -> None:
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if tensors[0].is_meta:
         traffic(tensors)
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
-    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc, num_warps=_WARPS)
+    kernel[grid](*_specialised(kernel, arguments), **constants, ACC=acc, num_warps=num_warps)
 
 
 def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,13 +143,21 @@ def _pointwise(x: Tensor, *, by_sample: bool) -> tuple[tuple[int], dict[str, int
     return (programs,), {"BM": block, "BC": columns}, rows // samples
 
 
-def add_rows(partial: Tensor, scale: float = 1.0) -> Tensor:
-    """Add (K, rows, C) up to (K, C), times `scale`."""
+def _at_once(rows: int) -> dict[str, Any]:
+    """Return the block that holds all partial sums of 16 channels, and warps for 16 numbers a thread.
+
+    To read them in turns would take a wait for memory each.
+    """
+    block = max(16, 1 << (rows - 1).bit_length())
+    return {"BR": block, "BC": 16, "num_warps": max(1, min(16, block // 32))}
+
+
+def add_rows(partial: Tensor) -> Tensor:
+    """Add (K, rows, C) up to (K, C)."""
     count, rows, channels = partial.shape
     out = partial.new_empty(count, channels)
-    block = 16 if rows <= 16 else 128
     grid = (count * math.ceil(channels / 16),)
-    _launch(norm_kernels.add_rows, grid, partial, out, rows, channels, scale, BR=block, BC=16)
+    _launch(norm_kernels.add_rows, grid, partial, out, rows, channels, **_at_once(rows))
     return out
 
 
@@ -177,8 +185,7 @@ def finish_moments(partial: Tensor, x: Tensor, norm: torch.nn.Module, momentum: 
         *(_rows(x), channels, programs),
         EPS=norm.eps,
         MOMENTUM=momentum,
-        BR=128 if programs > 16 else 16,
-        BC=16,
+        **_at_once(programs),
     )
     return statistics
 
@@ -196,18 +203,18 @@ def normalise(
 
 
 def pooled(x: Tensor, affine: Sequence[Tensor], act: str) -> Tensor:
-    """Return the mean of act(BatchNorm(x)) over pixels, (N, C)."""
+    """Return sums of act(BatchNorm(x)) over parts of each sample's pixels, (N, splits, C)."""
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     split = _sample_split(samples, pixels, channels)
     partial = x.new_empty(samples, split.programs, channels, dtype=accumulator(x))
     sizes = (channels, pixels, split.chunk, split.programs)
     grid = _grid(split, channels, samples)
     _launch(norm_kernels.pool, grid, x, *affine, partial, *sizes, ACT=act, **split.blocks)
-    return add_rows(partial, 1 / pixels)
+    return partial
 
 
 def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gated activation anew, and the kernel's five sums over pixels, (5, N, C)."""
+    """Return the gated activation anew, and the kernel's five sums over parts of pixels, (5, N, splits, C)."""
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     split = _sample_split(samples, pixels, channels, kind="many sums")
     z = torch.empty_like(x)
@@ -215,7 +222,7 @@ def gated_sums(x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor, dz: 
     sizes = (samples, channels, pixels, split.chunk, split.programs)
     grid = _grid(split, channels, samples)
     _launch(norm_kernels.gated_sums, grid, x, *affine, gate, dz, z, partial, *sizes, ACT=act, **split.blocks)
-    return z, add_rows(partial.flatten(0, 1)).view(5, samples, channels)
+    return z, partial
 
 
 def norm_sums(x: Tensor, affine: Sequence[Tensor], act: str, dy: Tensor, drop: Drop | None) -> Tensor:

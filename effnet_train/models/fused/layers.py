@@ -13,11 +13,17 @@ def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
 
 
 def norm_act(
-    layer: ConvNorm, x: Tensor, *, residual: Tensor | None = None, u: Tensor | None = None, rate: float = 0.0
+    layer: ConvNorm,
+    x: Tensor,
+    *,
+    moments: Tensor | None = None,
+    residual: Tensor | None = None,
+    u: Tensor | None = None,
+    rate: float = 0.0,
 ) -> Tensor:
     """Normalise and activate the layer's convolution's output, drop the samples that `u` asks for, add the residual."""
     norm = layer.norm
-    return NormAct.apply(x, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)
+    return NormAct.apply(x, moments, norm.weight, norm.bias, residual, u, norm, activation(layer), rate)
 
 
 def block(
@@ -44,8 +50,8 @@ def block(
         if isinstance(squeeze_excite, SqueezeExcite)
         else []
     )
-    y = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
-    return norm_act(project, y, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
+    y, moments = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
+    return norm_act(project, y, moments=moments, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
 
 
 def padding(conv: Conv2d, x: Tensor) -> Padding:

@@ -166,27 +166,20 @@ def finish_moments(
 ):
     """Merge the programs' moments of M rows: mean, biased variance and 1 / deviation in `statistics` (3, C).
 
-    With a MOMENTUM above 0 the running statistics move, too.
+    BR is not below the number of programs, so that all is asked for at once. With a MOMENTUM above 0 the running
+    statistics move, too.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     channels = cols < C
-    sums = tl.zeros([BR, BC], ACC)
-    for first in range(0, programs, BR):
-        rows = first + tl.arange(0, BR)[:, None]
-        inside = (rows < programs) & channels[None, :]
-        at = partial + rows * C + cols[None, :]
-        count = tl.load(at, mask=inside, other=0.0)
-        sums += count * tl.load(at + programs * C, mask=inside, other=0.0)
-    mean = tl.sum(sums, axis=0) / M
-    sums = tl.zeros([BR, BC], ACC)
-    for first in range(0, programs, BR):
-        rows = first + tl.arange(0, BR)[:, None]
-        inside = (rows < programs) & channels[None, :]
-        at = partial + rows * C + cols[None, :]
-        count = tl.load(at, mask=inside, other=0.0)
-        apart = tl.load(at + programs * C, mask=inside, other=0.0) - mean[None, :]
-        sums += tl.load(at + 2 * programs * C, mask=inside, other=0.0) + count * apart * apart
-    variance = tl.sum(sums, axis=0) / M
+    rows = tl.arange(0, BR)[:, None]
+    inside = (rows < programs) & channels[None, :]
+    at = partial + rows * C + cols[None, :]
+    count = tl.load(at, mask=inside, other=0.0)
+    means = tl.load(at + programs * C, mask=inside, other=0.0)
+    squares = tl.load(at + 2 * programs * C, mask=inside, other=0.0)
+    mean = tl.sum(count * means, axis=0) / M
+    apart = means - mean[None, :]
+    variance = tl.sum(squares + count * apart * apart, axis=0) / M
     tl.store(statistics + cols, mean, mask=channels)
     tl.store(statistics + C + cols, variance, mask=channels)
     tl.store(statistics + 2 * C + cols, tl.rsqrt(variance + EPS), mask=channels)
@@ -275,16 +268,14 @@ def pool(
 
 
 @triton.jit
-def add_rows(partial, out, rows_of_each, C, scale, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Add (K, rows, C) up to `out` (K, C), times `scale`, always in the same order."""
+def add_rows(partial, out, rows_of_each, C, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Add (K, rows, C) up to `out` (K, C), always in the same order. BR is not below the number of rows."""
     program, cols = place(C, BC)
     one = program.to(tl.int64)
-    total = tl.zeros([BR, BC], ACC)
-    for first in range(0, rows_of_each, BR):
-        rows = first + tl.arange(0, BR)[:, None]
-        inside = (rows < rows_of_each) & (cols[None, :] < C)
-        total += tl.load(partial + (one * rows_of_each + rows) * C + cols[None, :], mask=inside, other=0.0)
-    tl.store(out + one * C + cols, tl.sum(total, axis=0) * scale, mask=cols < C)
+    rows = tl.arange(0, BR)[:, None]
+    inside = (rows < rows_of_each) & (cols[None, :] < C)
+    value = tl.load(partial + (one * rows_of_each + rows) * C + cols[None, :], mask=inside, other=0.0)
+    tl.store(out + one * C + cols, tl.sum(value, axis=0), mask=cols < C)
 
 
 @triton.jit

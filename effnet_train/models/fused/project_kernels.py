@@ -13,15 +13,6 @@ from effnet_train.models.fused.norm_kernels import NATIVE, activated, affine, ch
 
 
 @triton.jit
-def product(a, b, sums, ACC: tl.constexpr):
-    """Return sums + a @ b. Triton's interpreter knows no numbers of 16 bits in products."""
-    if NATIVE:
-        return tl.dot(a, b, sums, out_dtype=ACC)
-    else:
-        return tl.dot(a.to(ACC), b.to(ACC), sums, out_dtype=ACC)
-
-
-@triton.jit
 def activated_and_slope(b, ACT: tl.constexpr):
     """Return the activation of `b` and its derivative there."""
     if ACT == "swish":
@@ -102,7 +93,7 @@ def project(
         value = activated((own.to(ACC) - mean) * (rstd * w) + b, ACT)
         if gate is not None:
             value *= channel(gate + sample * C, cols, C, ACC)
-        sums = product(value.to(x.dtype.element_ty), part, sums, ACC)
+        sums = tl.dot(value.to(x.dtype.element_ty), part, sums, out_dtype=ACC)
         block += BC
         if block >= C:
             stored = sums.to(y.dtype.element_ty)
@@ -125,7 +116,7 @@ def project(
     if partial is not None:
         shift = over_rows(plain)[None, :] / count
         at = partial + program * D + outs
-        tl.store(at, shift * 0.0 + count, mask=outs < D)
+        tl.store(at, tl.zeros([1, BD], ACC) + count, mask=outs < D)
         tl.store(at + programs * D, origin + shift, mask=outs < D)
         tl.store(at + 2 * programs * D, over_rows(square)[None, :] - count * shift * shift, mask=outs < D)
 
@@ -147,7 +138,6 @@ def project_sums(
     group,
     chunk,
     splits,
-    programs,
     D: tl.constexpr,
     ACT: tl.constexpr,
     ACC: tl.constexpr,
@@ -181,7 +171,7 @@ def project_sums(
         inside = lanes < pixels - start
         own = tl.load(x + row * C + (lanes * C + cols[None, :]), mask=inside & channels, other=0.0)
         grads = tl.load(dy + row * D + (lanes * D + outs[None, :]), mask=inside & (outs[None, :] < D), other=0.0)
-        dz = product(grads, part, tl.zeros([BM, BC], ACC), ACC)
+        dz = tl.dot(grads, part, out_dtype=ACC)
         apart = alike(own.to(ACC), dz) - mean
         s, d = activated_and_slope(apart * (rstd * w) + b, ACT)
         d = tl.where(inside, d, 0.0)
@@ -193,7 +183,7 @@ def project_sums(
             x_slopes += over_own_rows(d * apart, BM, BC)
         dz_slopes += over_own_rows(dz * d, BM, BC)
         dz_x_slopes += over_own_rows(dz * d * apart, BM, BC)
-        products = product(tl.trans(grads), z.to(x.dtype.element_ty), products, ACC)
+        products = tl.dot(tl.trans(grads), z.to(x.dtype.element_ty), products, out_dtype=ACC)
         start += BM
         if start >= stop:
             at = partial + item.to(tl.int64) * C + cols
@@ -264,7 +254,7 @@ def project_input_gradient(
         mean, rstd, w, b = affine(statistics, norm_weight, norm_bias, cols, C, ACC)
         plain = channel(sums, cols, C, ACC) / count
         times_x = channel(sums + C, cols, C, ACC) / count
-        grad = product(grads, part, tl.zeros([BM, BC], ACC), ACC)
+        grad = tl.dot(grads, part, out_dtype=ACC)
         apart = alike(own.to(ACC), grad) - mean
         if gate is not None:
             grad = grad * channel(gate + sample * C, cols, C, ACC) + channel(shift + sample * C, cols, C, ACC)

@@ -34,7 +34,13 @@ MORE = [
 ]
 
 
-def record(calls: dict[str, ASTSource], kernel: Any, *arguments: Any, **constants: Any) -> None:
+def record(
+    calls: dict[str, tuple[ASTSource, int]],
+    kernel: Any,
+    *arguments: Any,
+    num_warps: int = launch._WARPS,
+    **constants: Any,
+) -> None:
     """Note how a kernel was called as Triton's own launcher would."""
     signature, attributes = {}, {}
     known = {**constants, "ACC": launch.norm_kernels.tl.float32}
@@ -50,11 +56,11 @@ def record(calls: dict[str, ASTSource], kernel: Any, *arguments: Any, **constant
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys([*constants, "ACC"], "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes}"] = source
+    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes} {num_warps}"] = source, num_warps
 
 
 def main(capability: int, kinds: str) -> None:
-    calls: dict[str, ASTSource] = {}
+    calls: dict[str, tuple[ASTSource, int]] = {}
     launch._launch = lambda kernel, grid, *arguments, **constants: record(calls, kernel, *arguments, **constants)
     for shape, se_ratio, activation, size in FEW if kinds == "few" else [*FEW, *MORE]:
         style = Style(activation=activation, fused=True)
@@ -68,9 +74,11 @@ def main(capability: int, kinds: str) -> None:
     pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
     scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
     signature = {**pointers, **scalars, "BLOCK": "constexpr"}
-    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024})
+    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024}), 4
     target = GPUTarget("cuda", capability, 32)
-    compiled = {name: triton.compile(source, target) for name, source in calls.items()}
+    compiled = {
+        name: triton.compile(source, target, options={"num_warps": warps}) for name, (source, warps) in calls.items()
+    }
     print(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in compiled.items()}))
 
 

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not here: pip install triton")
+tl = pytest.importorskip("triton", reason="Triton is not here: pip install triton").language
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -34,6 +36,31 @@ def quick_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
 
         options = interpreter.InterpreterOptions(sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter round to bfloat16, which it cuts off, and multiply its matrices, not their bits."""
+    if device.type != "cpu":
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def rounding_cast(source: Any, kind: Any) -> Any:
+        if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return cast(source, kind)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(rounded, kind.scalar)
+
+    def dot_of_numbers(a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(operand, tl.float32) for operand in (a, b))
+        return dot(a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+    monkeypatch.setattr(builder, "create_dot", dot_of_numbers)
 
 
 @pytest.fixture(autouse=True)

@@ -29,5 +29,6 @@ def test_kernels_compile(capability: int, kinds: str, tmp_path: Path) -> None:
     names = {name.partition(" ")[0] for name in sizes}
     depthwise = {"forward", "input_gradient", "weight_gradient"}
     norms = {"moments", "finish_moments", "normalise", "pool", "add_rows", "gated_sums", "norm_sums"}
-    assert names == {*depthwise, *norms, "update"}
+    gates = {"squeeze", "expand", "expand_gradient", "squeeze_gradient", "parameter_gradients"}
+    assert names == {*depthwise, *norms, *gates, "update"}
     assert all(size > 0 for size in sizes.values())
