@@ -69,7 +69,10 @@ def _drop(u: Tensor | None, rate: float) -> Drop | None:
 
 
 class NormAct(torch.autograd.Function):
-    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x, of which `partial` are moments, if they are known."""
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x.
+
+    `partial` are moments of x, if they are known.
+    """
 
     @staticmethod
     def forward(
@@ -229,7 +232,10 @@ def _project(
 def _project_sums(
     x: Tensor, affine: Sequence[Tensor], act: str, gates: Tensor | None, dy: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `gated_sums`' or `norm_sums`' sums, the matrix's gradient, and that of what it was multiplied by, if made."""
+    """Return the sums of `launch.gated_sums` or `norm_sums`, the matrix's gradient, and that of what it multiplied.
+
+    The last is None where it is made anew.
+    """
     if project.fits(x, len(matrix)):
         return *project.sums(x, affine, act, gates, dy, matrix), None
     flat = _as_matrix(dy)

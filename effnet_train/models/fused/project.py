@@ -49,7 +49,7 @@ def fits(x: Tensor, outputs: int) -> bool:
 def forward(
     x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor | None, matrix: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (act(BatchNorm(x)) * gate) @ matrix.T, and where it is small the moments of its parts, as `launch.moments`.
+    """Return (act(BatchNorm(x)) * gate) @ matrix.T, and moments of its parts as `launch.moments`', if there is room.
 
     `matrix` is (D, C), of x's type; a gate (N, C).
     """
@@ -65,7 +65,7 @@ def forward(
         partial = x.new_empty(3, programs, outputs, dtype=launch.accumulator(x))
     sizes = channels, pixels, tiles, chunk, programs
     arguments = x, *affine, gate, matrix, y, partial, *sizes
-    launch._launch(project_kernels.project, (programs,), *arguments, ACT=act, **_constants(blocks, outputs, 16))
+    launch._launch(project_kernels.project, (programs,), *arguments, ACT=act, **_constants(blocks, outputs))
     return y, partial
 
 
@@ -86,8 +86,7 @@ def sums(
     sizes = channels, pixels, samples * split.splits, split.group, split.chunk, split.splits
     grid = (split.programs * math.ceil(channels / SUMS.columns),)
     arguments = x, *affine, gate, matrix, dy, partial, products, *sizes
-    # A product of fewer rows than 64 would not be that of four warps.
-    constants = _constants(SUMS, outputs, 64) | {"maxnreg": SUMS_REGISTERS}
+    constants = _constants(SUMS, outputs) | {"maxnreg": SUMS_REGISTERS}
     launch._launch(project_kernels.project_sums, grid, *arguments, ACT=act, **constants)
     total = launch.add_rows(partial.squeeze(1)) if gate is None else partial
     return total, launch.add_rows(products).view(outputs, channels)
@@ -109,7 +108,7 @@ def input_gradient(
     grid = (samples * math.ceil(pixels / INPUT_GRADIENT.rows),)
     total, count = over_all
     arguments = x, *affine, *gate, matrix, dy, total, dx, channels, pixels, count
-    constants = _constants(INPUT_GRADIENT, outputs, 16) | {"STAGES": INPUT_GRADIENT.stages}
+    constants = _constants(INPUT_GRADIENT, outputs) | {"STAGES": INPUT_GRADIENT.stages}
     launch._launch(project_kernels.project_input_gradient, grid, *arguments, ACT=act, **constants)
     return dx
 
@@ -132,12 +131,12 @@ def _split(samples: int, pixels: int, blocks: int, outputs: int) -> _Split:
     return _Split(splits, chunk, group, math.ceil(samples * splits / group))
 
 
-def _constants(blocks: Blocks, outputs: int, least: int) -> dict[str, Any]:
+def _constants(blocks: Blocks, outputs: int) -> dict[str, Any]:
     return {
         "D": outputs,
         "BM": blocks.rows,
         "BC": blocks.columns,
-        "BD": max(least, 1 << (outputs - 1).bit_length()),
+        "BD": max(16, 1 << (outputs - 1).bit_length()),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }

@@ -1,9 +1,10 @@
 """Triton kernels of the projection: act(BatchNorm(x)), gated, times a matrix, and its gradients.
 
-What is multiplied is made of x (M, C) where it is needed, tile by tile, and never written. The matrix is (D, C); D is
-small, so that the gradient at its output (M, D) is read again for each block of channels, and multiplied again, for less
-than to write what comes of it. A tile has BM rows of one sample, whose gates are then a row. A program goes through
-tiles and blocks in one loop, so that what it needs next is on its way. As in `norm_kernels`, nothing is added atomically.
+What is multiplied is made of x (M, C) where it is needed, tile by tile, and never written. The matrix is (D, C). D is
+small, so that it costs less to read the output's gradient (M, D) for each block of channels and to multiply again than
+to write the product. A tile has BM rows of one sample, whose gates are then a row. A program goes through tiles and
+blocks of channels in one loop, so that what it needs next is on its way. As in `norm_kernels`, nothing is added
+atomically.
 """
 
 import triton
@@ -145,10 +146,10 @@ def project_sums(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Leave the sums of `gated_sums`, or without a gate of `norm_sums`, and the matrix's gradient, all of dy (M, D).
+    """Leave the sums of `gated_sums`, or without a gate of `norm_sums`, and the matrix's gradient, given dy (M, D).
 
-    An item is `chunk` pixels of a sample, the last one's of it are fewer; there are `splits` a sample, and a program has
-    `group` of all `items`. `partial` is (5, items, C), or (2, items, C), and `d_matrix` (programs, D, C).
+    An item is `chunk` pixels of a sample, or what is left of it; there are `splits` a sample, and a program has `group`
+    of all `items`: with splits just one. `partial` is (5, items, C) or (2, items, C), and `d_matrix` (programs, D, C).
     """
     program, cols = place(C, BC)
     channels = cols[None, :] < C
@@ -203,7 +204,6 @@ def project_sums(
             dz_slopes = tl.zeros([4, 8, BC], ACC)
             dz_x_slopes = tl.zeros([4, 8, BC], ACC)
             item += 1
-        # With several items a program has whole samples.
         sample = tl.where(start >= stop, sample + 1, sample)
         start = tl.where(start >= stop, 0, start)
     at = d_matrix + (program.to(tl.int64) * D + outs[:, None]) * C + cols[None, :]
@@ -233,7 +233,10 @@ def project_input_gradient(
     BD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write BatchNorm's input gradient as `norm_kernels.input_gradient` does, given dy (M, D); a program has one tile."""
+    """Write BatchNorm's input gradient as `norm_kernels.input_gradient` does, given dy (M, D).
+
+    A program has one tile.
+    """
     tile = tl.program_id(0)
     tiles_of_sample = tl.cdiv(pixels, BM)
     sample = tile // tiles_of_sample

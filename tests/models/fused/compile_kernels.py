@@ -34,14 +34,13 @@ MORE = [
 ]
 
 
-def record(
-    calls: dict[str, tuple[ASTSource, int]],
-    kernel: Any,
-    *arguments: Any,
-    num_warps: int = launch._WARPS,
-    **constants: Any,
-) -> None:
+Call = tuple[ASTSource, dict[str, int]]
+
+
+def record(calls: dict[str, Call], kernel: Any, *arguments: Any, **constants: Any) -> None:
     """Note how a kernel was called as Triton's own launcher would."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    options.setdefault("num_warps", launch._WARPS)
     signature, attributes = {}, {}
     known = {**constants, "ACC": launch.norm_kernels.tl.float32}
     arguments = launch._specialised(kernel, arguments)
@@ -56,11 +55,11 @@ def record(
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys([*constants, "ACC"], "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes} {num_warps}"] = source, num_warps
+    calls[f"{kernel.__name__} {sorted(signature.items())} {known} {attributes} {options}"] = source, options
 
 
 def main(capability: int, kinds: str) -> None:
-    calls: dict[str, tuple[ASTSource, int]] = {}
+    calls: dict[str, Call] = {}
     launch._launch = lambda kernel, grid, *arguments, **constants: record(calls, kernel, *arguments, **constants)
     for shape, se_ratio, activation, size in FEW if kinds == "few" else [*FEW, *MORE]:
         style = Style(activation=activation, fused=True)
@@ -74,11 +73,9 @@ def main(capability: int, kinds: str) -> None:
     pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
     scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
     signature = {**pointers, **scalars, "BLOCK": "constexpr"}
-    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024}), 4
+    calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024}), {}
     target = GPUTarget("cuda", capability, 32)
-    compiled = {
-        name: triton.compile(source, target, options={"num_warps": warps}) for name, (source, warps) in calls.items()
-    }
+    compiled = {name: triton.compile(source, target, options=options) for name, (source, options) in calls.items()}
     print(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in compiled.items()}))
 
 

@@ -30,5 +30,6 @@ def test_kernels_compile(capability: int, kinds: str, tmp_path: Path) -> None:
     depthwise = {"forward", "input_gradient", "weight_gradient"}
     norms = {"moments", "finish_moments", "normalise", "pool", "add_rows", "gated_sums", "norm_sums"}
     gates = {"squeeze", "expand", "expand_gradient", "squeeze_gradient", "parameter_gradients"}
-    assert names == {*depthwise, *norms, *gates, "update"}
+    projections = {"project", "project_sums", "project_input_gradient"}
+    assert names == {*depthwise, *norms, *gates, *projections, "update"}
     assert all(size > 0 for size in sizes.values())
