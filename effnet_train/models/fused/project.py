@@ -108,7 +108,8 @@ def input_gradient(
     grid = (samples * math.ceil(pixels / INPUT_GRADIENT.rows),)
     total, count = over_all
     arguments = x, *affine, *gate, matrix, dy, total, dx, channels, pixels, count
-    constants = _constants(INPUT_GRADIENT, outputs) | {"STAGES": INPUT_GRADIENT.stages}
+    loop = {"BLOCKS": math.ceil(channels / INPUT_GRADIENT.columns), "STAGES": INPUT_GRADIENT.stages}
+    constants = _constants(INPUT_GRADIENT, outputs) | loop
     launch._launch(project_kernels.project_input_gradient, grid, *arguments, ACT=act, **constants)
     return dx
 

@@ -86,7 +86,7 @@ def project(
         row = sample.to(tl.int64) * pixels + start
         inside = lanes < pixels - start
         cols = block + within
-        channels = within < C - block
+        channels = cols < C
         own = tl.load(x + row * C + block + (lanes * C + within[None, :]), mask=inside & channels[None, :], other=0.0)
         seen = (outs < D) & channels[:, None]
         part = tl.load(matrix + block + (outs * C + within[:, None]), mask=seen, other=0.0)
@@ -187,20 +187,23 @@ def project_sums(
         products = tl.dot(tl.trans(grads), z.to(x.dtype.element_ty), products, out_dtype=ACC)
         start += BM
         if start >= stop:
-            at = partial + item.to(tl.int64) * C + cols
-            next_sum = items.to(tl.int64) * C
+            scale = tl.reshape(rstd, [BC])
+            at = item
             if gate is not None:
-                tl.store(at, over_rows(for_gate), mask=cols < C)
-                tl.store(at + next_sum, over_rows(dz_slopes), mask=cols < C)
-                tl.store(at + 2 * next_sum, over_rows(slopes), mask=cols < C)
-                tl.store(at + 3 * next_sum, over_rows(dz_x_slopes) * tl.reshape(rstd, [BC]), mask=cols < C)
-                tl.store(at + 4 * next_sum, over_rows(x_slopes) * tl.reshape(rstd, [BC]), mask=cols < C)
-                for_gate = tl.zeros([4, 8, BC], ACC)
-                slopes = tl.zeros([4, 8, BC], ACC)
-                x_slopes = tl.zeros([4, 8, BC], ACC)
-            else:
-                tl.store(at, over_rows(dz_slopes), mask=cols < C)
-                tl.store(at + next_sum, over_rows(dz_x_slopes) * tl.reshape(rstd, [BC]), mask=cols < C)
+                tl.store(partial + at.to(tl.int64) * C + cols, over_rows(for_gate), mask=cols < C)
+                at += items
+            tl.store(partial + at.to(tl.int64) * C + cols, over_rows(dz_slopes), mask=cols < C)
+            at += items
+            if gate is not None:
+                tl.store(partial + at.to(tl.int64) * C + cols, over_rows(slopes), mask=cols < C)
+                at += items
+            tl.store(partial + at.to(tl.int64) * C + cols, over_rows(dz_x_slopes) * scale, mask=cols < C)
+            at += items
+            if gate is not None:
+                tl.store(partial + at.to(tl.int64) * C + cols, over_rows(x_slopes) * scale, mask=cols < C)
+            for_gate = tl.zeros([4, 8, BC], ACC)
+            slopes = tl.zeros([4, 8, BC], ACC)
+            x_slopes = tl.zeros([4, 8, BC], ACC)
             dz_slopes = tl.zeros([4, 8, BC], ACC)
             dz_x_slopes = tl.zeros([4, 8, BC], ACC)
             item += 1
@@ -231,11 +234,12 @@ def project_input_gradient(
     BM: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
+    BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Write BatchNorm's input gradient as `norm_kernels.input_gradient` does, given dy (M, D).
 
-    A program has one tile.
+    A program has one tile, and goes through BLOCKS blocks of channels.
     """
     tile = tl.program_id(0)
     tiles_of_sample = tl.cdiv(pixels, BM)
@@ -247,9 +251,9 @@ def project_input_gradient(
     outs = tl.arange(0, BD)
     grads = tl.load(dy + row * D + (lanes * D + outs[None, :]), mask=inside & (outs[None, :] < D), other=0.0)
     within = tl.arange(0, BC)
-    for block in tl.range(0, C, BC, num_stages=STAGES):
+    for block in tl.range(0, BLOCKS * BC, BC, num_stages=STAGES):
         cols = block + within
-        channels = within < C - block
+        channels = cols < C
         at = row * C + block
         own = tl.load(x + at + (lanes * C + within[None, :]), mask=inside & channels[None, :], other=0.0)
         seen = (outs[:, None] < D) & channels[None, :]
