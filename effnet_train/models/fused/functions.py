@@ -4,14 +4,14 @@ Gradients of a BatchNorm: with b its output and n its normalised input, both of 
 gradients of bias and weight, and over all rows of the batch (of all ranks that share it) what its input's needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from effnet_train.models.fused import expand, gate, launch
+from effnet_train.models.fused import expand, gate, launch, project
 from effnet_train.models.fused.launch import NONE, Drop, Padding
 from effnet_train.models.layers import BatchNorm2d
 
@@ -68,7 +68,10 @@ def _drop(u: Tensor | None, rate: float) -> Drop | None:
 
 
 class NormAct(torch.autograd.Function):
-    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x. `partial`: the moments of x, if they are there."""
+    """Compute act(BatchNorm(x)), dropped, plus a residual; keep x.
+
+    `partial` are moments of x, if they are known.
+    """
 
     @staticmethod
     def forward(
@@ -162,7 +165,10 @@ class NormActDepthwise(torch.autograd.Function):
 
 
 class NormActProject(torch.autograd.Function):
-    """Project act(BatchNorm(x)) by a matrix, gated by squeeze-excite where `gate` holds its weights; keep x."""
+    """Project act(BatchNorm(x)) by a matrix, gated by squeeze-excite where `gate` holds its weights; keep x.
+
+    The second result holds moments of the first, where they came with it.
+    """
 
     @staticmethod
     def forward(
@@ -175,39 +181,77 @@ class NormActProject(torch.autograd.Function):
         norm: BatchNorm2d,
         act: str,
         *gate_weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         x = _channels_last(x)
         affine = _statistics(x, norm, partial), norm_weight, norm_bias
         gated: gate.Gate | tuple[None, ...] = (None, None, None)
         # Types are as autocast would have them: it has chosen that of x.
         if gate_weights:
             gated = gate.forward(launch.pooled(x, affine, act), _pixels(x), gate_weights, x.dtype, act)
-        z = launch.normalise(x, affine, act, gate=gated[0], drop=None, residual=None)
-        y = _as_matrix(z) @ weight.to(x.dtype).flatten(1).T
+        y, moments = _project(x, affine, act, gated[0], _weights_as_matrix(weight, x))
         ctx.save_for_backward(x, affine[0], norm_weight, norm_bias, weight, *gated, *gate_weights)
         ctx.rest = norm.reduce_statistics, act
-        return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        if moments is not None:
+            ctx.mark_non_differentiable(moments)
+        return y, moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
         gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest
         affine = statistics, norm_weight, norm_bias
-        flat = _as_matrix(_channels_last(dy))
-        dz = (flat @ weight.to(x.dtype).flatten(1)).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        dy, matrix = _channels_last(dy), _weights_as_matrix(weight, x)
+        sums, d_matrix, dz = _project_sums(x, affine, act, gated.gate, dy, matrix)
         shift: Tensor | None = None
         d_gate_weights: tuple[Tensor, ...] = ()
-        if not gate_weights:
-            z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
-            sums = launch.norm_sums(x, affine, act, dz, None)
-        else:
-            z, partial = launch.gated_sums(x, affine, act, gated.gate, dz)
-            shift, sums, d_gate_weights = gate.backward(partial, _pixels(x), gated, gate_weights, act)
-        d_weight = (flat.T @ _as_matrix(z)).view_as(weight).to(weight.dtype)
-        del z
+        if gate_weights:
+            shift, sums, d_gate_weights = gate.backward(sums, _pixels(x), gated, gate_weights, act)
         over_all = _over_all(sums, x, reduce)
-        dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gated.gate, shift=shift)
+        if dz is None:
+            dx = project.input_gradient(x, affine, act, (gated.gate, shift), dy, matrix, over_all)
+        else:
+            dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gated.gate, shift=shift)
+        d_weight = d_matrix.view_as(weight).to(weight.dtype)
         d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
         return dx, None, *d_norm, d_weight, None, None, *d_gate_weights
+
+
+def _weights_as_matrix(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a 1x1 convolution's weights as (D, C), in x's type."""
+    return weight.to(x.dtype).flatten(1).contiguous()
+
+
+def _as_image(flat: Tensor, x: Tensor) -> Tensor:
+    """View (N * H * W, D) as (N, D, H, W), where x is (N, C, H, W)."""
+    return flat.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _project(
+    x: Tensor, affine: Sequence[Tensor], act: str, gates: Tensor | None, matrix: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the projection, and its moments if they come with it."""
+    if project.fits(x, len(matrix)):
+        return project.forward(x, affine, act, gates, matrix)
+    z = launch.normalise(x, affine, act, gate=gates, drop=None, residual=None)
+    return _as_image(_as_matrix(z) @ matrix.T, x), None
+
+
+def _project_sums(
+    x: Tensor, affine: Sequence[Tensor], act: str, gates: Tensor | None, dy: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the sums of `launch.gated_sums` or `norm_sums`, the matrix's gradient, and that of what it multiplied.
+
+    The last is None where it is made anew.
+    """
+    if project.fits(x, len(matrix)):
+        return *project.sums(x, affine, act, gates, dy, matrix), None
+    flat = _as_matrix(dy)
+    dz = _as_image(flat @ matrix, x)
+    if gates is None:
+        z = launch.normalise(x, affine, act, gate=None, drop=None, residual=None)
+        sums = launch.norm_sums(x, affine, act, dz, None)
+    else:
+        z, sums = launch.gated_sums(x, affine, act, gates, dz)
+    return sums, flat.T @ _as_matrix(z), dz

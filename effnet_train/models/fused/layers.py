@@ -14,14 +14,14 @@ def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
     if not stem.fits(layer.conv, x):
         return norm_act(layer, layer.conv(x))
     y, moments = stem.StemConv.apply(x, layer.conv.weight, padding(layer.conv, x))
-    return norm_act(layer, y, moments)
+    return norm_act(layer, y, moments=moments)
 
 
 def norm_act(
     layer: ConvNorm,
     x: Tensor,
-    moments: Tensor | None = None,
     *,
+    moments: Tensor | None = None,
     residual: Tensor | None = None,
     u: Tensor | None = None,
     rate: float = 0.0,
@@ -57,8 +57,8 @@ def block(
         if isinstance(squeeze_excite, SqueezeExcite)
         else []
     )
-    y = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
-    return norm_act(project, y, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
+    y, moments = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
+    return norm_act(project, y, moments=moments, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
 
 
 def autocast(x: Tensor) -> Tensor:

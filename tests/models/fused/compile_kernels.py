@@ -36,9 +36,13 @@ MORE = [
 ]
 
 
-def record(calls: dict[str, tuple[ASTSource, dict[str, int]]], kernel: Any, *arguments: Any, **constants: Any) -> None:
+Call = tuple[ASTSource, dict[str, int]]
+
+
+def record(calls: dict[str, Call], kernel: Any, *arguments: Any, **constants: Any) -> None:
     """Note how a kernel was called as Triton's own launcher would."""
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    options.setdefault("num_warps", launch._WARPS)
     signature, attributes = {}, {}
     known = {**constants, "ACC": launch.norm_kernels.tl.float32}
     arguments = launch._specialised(kernel, arguments)
@@ -57,7 +61,7 @@ def record(calls: dict[str, tuple[ASTSource, dict[str, int]]], kernel: Any, *arg
 
 
 def main(capability: int, kinds: str) -> None:
-    calls: dict[str, tuple[ASTSource, dict[str, int]]] = {}
+    calls: dict[str, Call] = {}
     launch._launch = lambda kernel, grid, *arguments, **constants: record(calls, kernel, *arguments, **constants)
     for shape, se_ratio, activation, size in FEW if kinds == "few" else [*FEW, *MORE]:
         style = Style(activation=activation, fused=True)
@@ -73,7 +77,7 @@ def main(capability: int, kinds: str) -> None:
     signature = {**pointers, **scalars, "BLOCK": "constexpr"}
     calls["update"] = ASTSource(fn=one_pass_kernel.update, signature=signature, constexprs={"BLOCK": 1024}), {}
     target = GPUTarget("cuda", capability, 32)
-    compiled = {name: triton.compile(source, target, options) for name, (source, options) in calls.items()}
+    compiled = {name: triton.compile(source, target, options=options) for name, (source, options) in calls.items()}
     print(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in compiled.items()}))
 
 

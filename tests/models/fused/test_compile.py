@@ -31,5 +31,6 @@ def test_kernels_compile(capability: int, kinds: str, tmp_path: Path) -> None:
     norms = {"moments", "input_gradient", "finish_moments", "normalise", "pool", "add_rows", "gated_sums", "norm_sums"}
     gates = {"squeeze", "excite", "excite_gradient", "squeeze_gradient", "parameter_gradients"}
     expansion = {"expand", "expand_gradients", "expand_weight_gradient"}
-    assert names == {*depthwise, *norms, *gates, *expansion, "update"}
+    projections = {"project", "project_sums", "project_input_gradient"}
+    assert names == {*depthwise, *norms, *gates, *expansion, *projections, "update"}
     assert all(size > 0 for size in sizes.values())

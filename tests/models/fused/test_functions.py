@@ -297,7 +297,8 @@ def test_gradcheck(device: torch.device) -> None:
     u = torch.tensor([0.2, 0.7], device=device)
 
     def norm_act_dropped(*t: Tensor) -> Tensor:
-        return functions.NormAct.apply(t[0], None, *t[1:], u, norm, "swish", 0.5)
+        x, *rest = t
+        return functions.NormAct.apply(x, None, *rest, u, norm, "swish", 0.5)
 
     assert torch.autograd.gradcheck(norm_act_dropped, tensors, fast_mode=True)
     padding = launch.Padding(3, 2, 0, 0)
@@ -310,7 +311,7 @@ def test_gradcheck(device: torch.device) -> None:
 
     def project(x: Tensor, *t: Tensor) -> Tensor:
         moments = launch.moments(x.contiguous(memory_format=torch.channels_last))
-        return functions.NormActProject.apply(x, moments, *t[:3], norm, "swish", *t[3:])
+        return functions.NormActProject.apply(x, moments, *t[:3], norm, "swish", *t[3:])[0]
 
     shapes = [(2, 2, 2, 3), (2,), (2,), (3, 2, 1, 1), (1, 2, 1, 1), (1,), (2, 1, 1, 1), (2,)]
     assert torch.autograd.gradcheck(project, leaves(*shapes, device=device), fast_mode=True)

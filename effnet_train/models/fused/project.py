@@ -1,0 +1,143 @@
+"""The projection's kernels called on tensors: which products are theirs, and how these are divided among programs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_train.models.fused import launch, project_kernels
+
+MOST_OUTPUTS = 128  # of a product that is made here: registers hold a row of them for each row of a tile
+MOST_OUTPUTS_WITH_MOMENTS = 64  # as these take as many registers again
+MOST_PROGRAMS = 1024  # that leave a part of a sum
+ROWS_OF_AN_OUTPUT = 16  # of a program, at least: the parts of the matrix's gradient are then an eighth of x, at most
+
+
+class Blocks(NamedTuple):
+    """Hold a tile's rows, a multiple of 64, and channels; the program's warps, and the steps that loads are ahead."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+
+
+FEW_OUTPUTS = Blocks(128, 32)  # forward, up to 32 outputs
+SOME_OUTPUTS = Blocks(64, 32)  # up to MOST_OUTPUTS_WITH_MOMENTS
+MANY_OUTPUTS = Blocks(64, 64)
+SUMS = Blocks(64, 32)  # four warps, as `project_kernels.over_own_rows` knows no other number
+SUMS_REGISTERS = 168  # a thread: three programs' on a processor
+INPUT_GRADIENT = Blocks(128, 32, stages=2)
+
+
+class _Split(NamedTuple):
+    """Hold how samples are divided: `splits` of each, of `chunk` pixels, and `group` of all these to a program."""
+
+    splits: int
+    chunk: int
+    group: int
+    programs: int
+
+
+def fits(x: Tensor, outputs: int) -> bool:
+    """Say whether the product of x's channels is made here; under Triton's interpreter it is in any type."""
+    return outputs <= MOST_OUTPUTS and (x.dtype.itemsize == 2 or x.device.type == "cpu")
+
+
+def forward(
+    x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor | None, matrix: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return (act(BatchNorm(x)) * gate) @ matrix.T, and moments of its parts as `launch.moments`', if there is room.
+
+    `matrix` is (D, C), of x's type; a gate (N, C).
+    """
+    outputs, channels = matrix.shape
+    samples, pixels = _samples(x, gate)
+    blocks = FEW_OUTPUTS if outputs <= 32 else SOME_OUTPUTS if outputs <= MOST_OUTPUTS_WITH_MOMENTS else MANY_OUTPUTS
+    tiles = samples * math.ceil(pixels / blocks.rows)
+    chunk = math.ceil(tiles / launch._MOST_PARTS)
+    programs = math.ceil(tiles / chunk)
+    y = x.new_empty(x.shape[0], *x.shape[2:], outputs).permute(0, 3, 1, 2)
+    partial = None
+    if outputs <= MOST_OUTPUTS_WITH_MOMENTS:
+        partial = x.new_empty(3, programs, outputs, dtype=launch.accumulator(x))
+    sizes = channels, pixels, tiles, chunk, programs
+    arguments = x, *affine, gate, matrix, y, partial, *sizes
+    launch._launch(project_kernels.project, (programs,), *arguments, ACT=act, **_constants(blocks, outputs))
+    return y, partial
+
+
+def sums(
+    x: Tensor, affine: Sequence[Tensor], act: str, gate: Tensor | None, dy: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `launch.gated_sums` leaves of parts of samples, (5, N, splits, C), and the matrix's gradient (D, C).
+
+    Without a gate the first is `launch.norm_sums`', (2, C).
+    """
+    outputs, channels = matrix.shape
+    samples, pixels = _samples(x, gate)
+    split = _split(samples, pixels, math.ceil(channels / SUMS.columns), outputs)
+    acc = launch.accumulator(x)
+    count = 2 if gate is None else 5
+    partial = x.new_empty(count, samples, split.splits, channels, dtype=acc)
+    products = x.new_empty(1, split.programs, outputs * channels, dtype=acc)
+    sizes = channels, pixels, samples * split.splits, split.group, split.chunk, split.splits
+    grid = (split.programs * math.ceil(channels / SUMS.columns),)
+    arguments = x, *affine, gate, matrix, dy, partial, products, *sizes
+    constants = _constants(SUMS, outputs) | {"maxnreg": SUMS_REGISTERS}
+    launch._launch(project_kernels.project_sums, grid, *arguments, ACT=act, **constants)
+    total = launch.add_rows(partial.squeeze(1)) if gate is None else partial
+    return total, launch.add_rows(products).view(outputs, channels)
+
+
+def input_gradient(
+    x: Tensor,
+    affine: Sequence[Tensor],
+    act: str,
+    gate: tuple[Tensor | None, Tensor | None],
+    dy: Tensor,
+    matrix: Tensor,
+    over_all: tuple[Tensor, int],
+) -> Tensor:
+    """Return the gradient of x, given a gate and its shift as `launch.input_gradient`'s, and BatchNorm's sums."""
+    outputs, channels = matrix.shape
+    samples, pixels = _samples(x, gate[0])
+    dx = torch.empty_like(x)
+    grid = (samples * math.ceil(pixels / INPUT_GRADIENT.rows),)
+    total, count = over_all
+    arguments = x, *affine, *gate, matrix, dy, total, dx, channels, pixels, count
+    loop = {"BLOCKS": math.ceil(channels / INPUT_GRADIENT.columns), "STAGES": INPUT_GRADIENT.stages}
+    constants = _constants(INPUT_GRADIENT, outputs) | loop
+    launch._launch(project_kernels.project_input_gradient, grid, *arguments, ACT=act, **constants)
+    return dx
+
+
+def _samples(x: Tensor, gate: Tensor | None) -> tuple[int, int]:
+    """Return samples and the pixels of each; without a gate all are as good as one."""
+    pixels = x.shape[2] * x.shape[3]
+    return (1, x.shape[0] * pixels) if gate is None else (x.shape[0], pixels)
+
+
+def _split(samples: int, pixels: int, blocks: int, outputs: int) -> _Split:
+    """Divide samples of which each program takes one of `blocks` of channels."""
+    rows = SUMS.rows
+    tiles = math.ceil(pixels / rows)
+    least = samples * pixels // (ROWS_OF_AN_OUTPUT * outputs)
+    wanted = max(1, min(MOST_PROGRAMS, launch._PROGRAMS // blocks, least))
+    chunk = math.ceil(tiles / max(1, min(tiles, wanted // samples))) * rows
+    splits = math.ceil(pixels / chunk)
+    group = math.ceil(samples / wanted)
+    return _Split(splits, chunk, group, math.ceil(samples * splits / group))
+
+
+def _constants(blocks: Blocks, outputs: int) -> dict[str, Any]:
+    return {
+        "D": outputs,
+        "BM": blocks.rows,
+        "BC": blocks.columns,
+        "BD": max(16, 1 << (outputs - 1).bit_length()),
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
