@@ -1,7 +1,7 @@
 """The projection's kernels called on tensors: which products are theirs, and how these are divided among programs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +16,27 @@ ROWS_OF_AN_OUTPUT = 16  # of a program, at least: the parts of the matrix's grad
 
 
 class Blocks(NamedTuple):
-    """Hold a tile's rows, a multiple of 64, and channels; the program's warps, and the steps that loads are ahead."""
+    """Hold a tile's rows, a multiple of 64, and channels; a program's warps, and steps whose loads are on their way.
+
+    Warps are four where moments or sums are made: see `project_kernels.add_own_rows`. `registers` are a thread's, at
+    most, if above 0: a processor has them for four warps of 128 four times, of 168 three times.
+    """
 
     rows: int
     columns: int
     warps: int = 4
     stages: int = 3
+    registers: int = 0
 
 
-FEW_OUTPUTS = Blocks(128, 32)  # forward, up to 32 outputs
-SOME_OUTPUTS = Blocks(64, 32)  # up to MOST_OUTPUTS_WITH_MOMENTS
-MANY_OUTPUTS = Blocks(64, 64)
-SUMS = Blocks(64, 32)  # four warps, as `project_kernels.over_own_rows` knows no other number
-SUMS_REGISTERS = 168  # a thread: three programs' on a processor
-INPUT_GRADIENT = Blocks(128, 32, stages=2)
+# By outputs, up to so many.
+FORWARD = {
+    32: Blocks(128, 32, registers=128),
+    MOST_OUTPUTS_WITH_MOMENTS: Blocks(64, 32, registers=128),
+    MOST_OUTPUTS: Blocks(128, 64, warps=8, stages=2, registers=128),
+}
+SUMS = {MOST_OUTPUTS: Blocks(64, 32, registers=168)}
+INPUT_GRADIENT = {16: Blocks(128, 32, stages=2), MOST_OUTPUTS: Blocks(128, 32, stages=2, registers=168)}
 
 
 class _Split(NamedTuple):
@@ -55,7 +62,7 @@ def forward(
     """
     outputs, channels = matrix.shape
     samples, pixels = _samples(x, gate)
-    blocks = FEW_OUTPUTS if outputs <= 32 else SOME_OUTPUTS if outputs <= MOST_OUTPUTS_WITH_MOMENTS else MANY_OUTPUTS
+    blocks = _blocks(FORWARD, outputs)
     tiles = samples * math.ceil(pixels / blocks.rows)
     chunk = math.ceil(tiles / launch._MOST_PARTS)
     programs = math.ceil(tiles / chunk)
@@ -78,16 +85,17 @@ def sums(
     """
     outputs, channels = matrix.shape
     samples, pixels = _samples(x, gate)
-    split = _split(samples, pixels, math.ceil(channels / SUMS.columns), outputs)
+    blocks = _blocks(SUMS, outputs)
+    columns = math.ceil(channels / blocks.columns)
+    split = _split(samples, pixels, blocks.rows, columns, outputs)
     acc = launch.accumulator(x)
     count = 2 if gate is None else 5
     partial = x.new_empty(count, samples, split.splits, channels, dtype=acc)
     products = x.new_empty(1, split.programs, outputs * channels, dtype=acc)
     sizes = channels, pixels, samples * split.splits, split.group, split.chunk, split.splits
-    grid = (split.programs * math.ceil(channels / SUMS.columns),)
     arguments = x, *affine, gate, matrix, dy, partial, products, *sizes
-    constants = _constants(SUMS, outputs) | {"maxnreg": SUMS_REGISTERS}
-    launch._launch(project_kernels.project_sums, grid, *arguments, ACT=act, **constants)
+    grid = (split.programs * columns,)
+    launch._launch(project_kernels.project_sums, grid, *arguments, ACT=act, **_constants(blocks, outputs))
     total = launch.add_rows(partial.squeeze(1)) if gate is None else partial
     return total, launch.add_rows(products).view(outputs, channels)
 
@@ -105,11 +113,12 @@ def input_gradient(
     outputs, channels = matrix.shape
     samples, pixels = _samples(x, gate[0])
     dx = torch.empty_like(x)
-    grid = (samples * math.ceil(pixels / INPUT_GRADIENT.rows),)
+    blocks = _blocks(INPUT_GRADIENT, outputs)
+    grid = (samples * math.ceil(pixels / blocks.rows),)
     total, count = over_all
     arguments = x, *affine, *gate, matrix, dy, total, dx, channels, pixels, count
-    loop = {"BLOCKS": math.ceil(channels / INPUT_GRADIENT.columns), "STAGES": INPUT_GRADIENT.stages}
-    constants = _constants(INPUT_GRADIENT, outputs) | loop
+    loop = {"BLOCKS": math.ceil(channels / blocks.columns), "STAGES": blocks.stages}
+    constants = _constants(blocks, outputs) | loop
     launch._launch(project_kernels.project_input_gradient, grid, *arguments, ACT=act, **constants)
     return dx
 
@@ -120,9 +129,12 @@ def _samples(x: Tensor, gate: Tensor | None) -> tuple[int, int]:
     return (1, x.shape[0] * pixels) if gate is None else (x.shape[0], pixels)
 
 
-def _split(samples: int, pixels: int, blocks: int, outputs: int) -> _Split:
-    """Divide samples of which each program takes one of `blocks` of channels."""
-    rows = SUMS.rows
+def _blocks(kinds: Mapping[int, Blocks], outputs: int) -> Blocks:
+    return next(blocks for most, blocks in kinds.items() if outputs <= most)
+
+
+def _split(samples: int, pixels: int, rows: int, blocks: int, outputs: int) -> _Split:
+    """Divide samples into tiles of so many rows; a program takes one of `blocks` of channels."""
     tiles = math.ceil(pixels / rows)
     least = samples * pixels // (ROWS_OF_AN_OUTPUT * outputs)
     wanted = max(1, min(MOST_PROGRAMS, launch._PROGRAMS // blocks, least))
@@ -140,4 +152,5 @@ def _constants(blocks: Blocks, outputs: int) -> dict[str, Any]:
         "BD": max(16, 1 << (outputs - 1).bit_length()),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        **({"maxnreg": blocks.registers} if blocks.registers else {}),
     }

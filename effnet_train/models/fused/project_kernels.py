@@ -33,14 +33,15 @@ def alike(a, b):
 
 
 @triton.jit
-def over_own_rows(block, BM: tl.constexpr, BN: tl.constexpr):
-    """Add up the rows of a product's block that one thread of four warps has, of every 64 two: 32 sums a column."""
-    return tl.sum(tl.sum(tl.reshape(block, [BM // 64, 4, 2, 8, BN]), axis=2), axis=0)
+def add_own_rows(sums, block, BM: tl.constexpr, BN: tl.constexpr):
+    """Add the rows of a product's block that one thread of four warps has, of every 64 two: 32 sums a column."""
+    one, other = tl.split(tl.permute(tl.reshape(block, [BM // 64, 4, 2, 8, BN]), 0, 1, 3, 4, 2))
+    return sums + tl.sum(one, axis=0) + tl.sum(other, axis=0)
 
 
 @triton.jit
 def over_rows(sums):
-    """Add up what `over_own_rows` left, to a row."""
+    """Add up what `add_own_rows` left, to a row."""
     return tl.sum(tl.sum(sums, axis=1), axis=0)
 
 
@@ -106,8 +107,8 @@ def project(
                 if count == 0:
                     origin = tl.sum(tl.where(inside, result, 0.0), axis=0)[None, :] * (1.0 / number)
                 apart = tl.where(inside, result - origin, 0.0)
-                plain += over_own_rows(apart, BM, BD)
-                square += over_own_rows(apart * apart, BM, BD)
+                plain = add_own_rows(plain, apart, BM, BD)
+                square = add_own_rows(square, apart * apart, BM, BD)
                 count += number
             sums = tl.zeros([BM, BD], ACC)
         start = tl.where(block >= C, start + BM, start)
@@ -179,11 +180,11 @@ def project_sums(
         z = s
         if gate is not None:
             z = s * channel(gate + sample * C, cols, C, ACC)
-            for_gate += over_own_rows(dz * s, BM, BC)
-            slopes += over_own_rows(d, BM, BC)
-            x_slopes += over_own_rows(d * apart, BM, BC)
-        dz_slopes += over_own_rows(dz * d, BM, BC)
-        dz_x_slopes += over_own_rows(dz * d * apart, BM, BC)
+            for_gate = add_own_rows(for_gate, dz * s, BM, BC)
+            slopes = add_own_rows(slopes, d, BM, BC)
+            x_slopes = add_own_rows(x_slopes, d * apart, BM, BC)
+        dz_slopes = add_own_rows(dz_slopes, dz * d, BM, BC)
+        dz_x_slopes = add_own_rows(dz_x_slopes, dz * d * apart, BM, BC)
         products = tl.dot(tl.trans(grads), z.to(x.dtype.element_ty), products, out_dtype=ACC)
         start += BM
         if start >= stop:
