@@ -161,7 +161,7 @@ class NormActDepthwise(torch.autograd.Function):
             return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
         d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed)
-        return d_narrow, *gradients, None if d_expand is None else d_expand.to(expand_type)
+        return d_narrow, *gradients, None if d_expand is None else d_expand.to(x.dtype).to(expand_type)
 
 
 class NormActProject(torch.autograd.Function):
@@ -213,7 +213,7 @@ class NormActProject(torch.autograd.Function):
             dx = project.input_gradient(x, affine, act, (gated.gate, shift), dy, matrix, over_all)
         else:
             dx = launch.input_gradient(x, affine, act, dz, *over_all, gate=gated.gate, shift=shift)
-        d_weight = d_matrix.view_as(weight).to(weight.dtype)
+        d_weight = d_matrix.view_as(weight).to(x.dtype).to(weight.dtype)  # rounded as autocast would have it
         d_norm = sums[1].to(norm_weight.dtype), sums[0].to(norm_bias.dtype)
         return dx, None, *d_norm, d_weight, None, None, *d_gate_weights
 

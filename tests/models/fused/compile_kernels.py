@@ -21,10 +21,7 @@ from effnet_train.optim import one_pass_kernel
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Shape, squeeze-excite, activation and resolution. A number that is 1 is built into a kernel.
-FEW = [
-    (Stage(5, 1, 6, 24, 24, 1), 0.25, "swish", 28),
-    (Stage(3, 1, 1, 192, 192, 1), 0.25, "swish", 28),  # more outputs than the projection's kernels take
-]
+FEW = [(Stage(5, 1, 6, 24, 24, 1), 0.25, "swish", 28), (Stage(3, 1, 1, 32, 160, 1), 0.25, "swish", 28)]
 MORE = [
     (Stage(5, 2, 6, 24, 40, 1), 0.25, "swish", 28),
     (Stage(3, 1, 6, 24, 24, 1), 0.25, "swish", 28),

@@ -187,10 +187,11 @@ def test_what_the_kernels_expand_on_a_gpu(
         x = torch.empty(2, inputs, 4, 4, dtype=dtype, requires_grad=True)
         y = block.train()(x)
         assert called.count("expand") == forward
-        assert called.count("moments") == 2 - forward  # the projection's output has its own
+        projected = dtype == torch.bfloat16  # by kernels of its own, which leave moments
+        assert called.count("moments") == 2 - forward - projected
         y.sum().backward()
     assert called.count("expand_gradients") == called.count("expand_weight_gradient") == backward
-    assert called.count("input_gradient") == 3 - backward  # one norm's goes into the expansion's
+    assert called.count("input_gradient") == 3 - backward - projected  # a norm's goes into its neighbour's
 
 
 def test_autocast_chooses_the_type(device: torch.device) -> None:
