@@ -181,9 +181,14 @@ def test_as_exact_in_bf16_as_the_libraries(
         assert error < 1.1 * usual_error
 
 
-def test_the_same_bits_twice(device: torch.device) -> None:
-    tensors = [t.requires_grad_() for t in leaves(5, 70, 2, 9, 9)]
-    torch.testing.assert_close(*(found(fused, tensors, device) for _ in range(2)), rtol=0, atol=0)
+@pytest.mark.usefixtures("few_programs")
+def test_the_same_bits_twice(device: torch.device, low_precision: torch.dtype) -> None:
+    x, *rest = leaves(5, 70, 2, 13, 9)
+    tensors = [t.requires_grad_() for t in (x.to(low_precision), *(t.float() for t in rest))]
+    once, twice = (found(fused, tensors, device) for _ in range(2))
+    assert once["y"].dtype == once["x"].dtype == low_precision
+    assert once["expand_weight"].dtype == torch.float32
+    torch.testing.assert_close(once, twice, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
