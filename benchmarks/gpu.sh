@@ -38,14 +38,16 @@ bench() { # name, seconds, words
     step "$job" "$limit" "$PYTHON" -m effnet_train.cli.bench "$job" "$@" device="$DEVICE" ${WORDS:-}
 }
 
-modes=eager
+modes=eager own=eager
 if [ "$DEVICE" = cuda ]; then
-    modes=compiled,reduce-overhead,fused,graph
+    modes=compiled,reduce-overhead own=fused,graph
     step tests 120 "$PYTHON" -m pytest -v --tb=short -m 'gpu and not slow' -p no:xdist -p no:benchmark \
         tests/models/fused tests/engine/test_graph.py
+    step compile 60 "$PYTHON" benchmarks/kernels.py --variant b0 --compile "$(nproc)"
+    step compile 60 "$PYTHON" benchmarks/kernels.py --variant b4 --batch 64 --compile "$(nproc)"
     step kernels 40 "$PYTHON" benchmarks/kernels.py --output "$OUT/kernels-$NAME.json"
 fi
-bench train 330 'models=[b0,b4]' "modes=[$modes]" rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"
+bench train 330 'models=[b0,b4]' "modes=[$modes]" "own_modes=[$own]" rounds=5 seconds=0.5 output="$OUT/train-$NAME.json"
 RUN=$(mktemp -d)
 step training 60 "$PYTHON" -m effnet_train.cli.train recipe=demo device="$DEVICE" ${TRAINING:-epochs=5} \
     run_root="$RUN" name=digits data.root="$RUN/data" && cp "$RUN/digits/summary.json" "$OUT/training-$NAME.json"

@@ -9,9 +9,11 @@ TRITON_INTERPRET=1 it can be rehearsed on a CPU.
 
 import argparse
 import json
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--variant", default="b0")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--resolution", type=int, help="that of the variant if not given")
+    parser.add_argument("--compile", type=int, metavar="PROCESSES", help="no more than compile all, for what follows")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,6 +46,11 @@ def main() -> None:
         raise SystemExit("torch sees no CUDA device here; TRITON_INTERPRET=1 rehearses this on a CPU")
     device = torch.device("cpu" if interpreted else "cuda")
     size = arguments.resolution or model_variants()[arguments.variant]["resolution"]
+    if arguments.compile:
+        with multiprocessing.get_context("spawn").Pool(arguments.compile) as pool:
+            share = partial(compiled, arguments.variant, arguments.batch, size, arguments.compile)
+            print(f"{sum(pool.map(share, range(arguments.compile)))} kernel calls compiled")
+        return
     rows = []
     for call, count in calls(arguments.variant, arguments.batch, size).items():
         kernel, run, moved = prepared(call, device)
@@ -87,6 +95,16 @@ def calls(variant: str, batch: int, size: int) -> Counter[Key]:
     with patch.object(launch, "_launch", record):
         model(images, keys).sum().backward()
     return counts
+
+
+def compiled(variant: str, batch: int, size: int, of: int, number: int) -> int:
+    """Compile one of `of` shares of the step's kernels into Triton's cache, and return how many calls that were."""
+    torch.cuda.init()
+    share = list(calls(variant, batch, size))[number::of]
+    for kernel, grid, arguments, constants in map(_RECORDED.__getitem__, share):
+        options = {"num_warps": launch._WARPS, **constants}
+        kernel.warmup(*launch._specialised(kernel, arguments), grid=grid, **options, ACC=launch.norm_kernels.tl.float32)
+    return len(share)
 
 
 def prepared(key: Key, device: torch.device) -> tuple[str, Callable[[], object], int]:

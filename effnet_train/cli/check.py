@@ -139,6 +139,7 @@ BENCH_SPEED: Mapping[str, Any] = {
     **dict.fromkeys(("memory", "kinds"), bool),
     "output": str | None,
 }
+BENCH_TRAIN: Mapping[str, Any] = {**BENCH_SPEED, "own_modes": list[str] | None}
 BENCH_STARTUP: Mapping[str, Any] = {"rounds": int, "output": str | None}
 SCALE_APPLY: Mapping[str, Any] = {
     "model": Mapping,

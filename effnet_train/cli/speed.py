@@ -59,7 +59,7 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     from effnet_train.distributed import resolve_device
 
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    check.check_config(config, check.BENCH_SPEED)
+    check.check_config(config, check.BENCH_TRAIN if training else check.BENCH_SPEED)
     _check_lists(config)
     device = resolve_device(config["device"])
     place = torch.device(device)
@@ -96,9 +96,10 @@ def _check_lists(config: Mapping[str, Any]) -> None:
     from effnet_train.analysis.throughput import LIBRARIES, MODES, OWN_MODES
     from effnet_train.cli import build
 
-    known = {"models": build.model_variants(), "libraries": LIBRARIES, "modes": (*MODES, *OWN_MODES)}
+    own_modes = (*MODES, *OWN_MODES)
+    known = {"models": build.model_variants(), "libraries": LIBRARIES, "modes": MODES, "own_modes": own_modes}
     for key, names in known.items():
-        given = config[key]
+        given = config.get(key)
         if given is None:
             continue
         if not given:
@@ -121,10 +122,11 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
     from effnet_train.cli import build
 
     on_gpu = device == "cuda"
-    modes = config["modes"] or ((*MODES, *(OWN_MODES if training else ())) if on_gpu else MODES[:1])
-    own = [mode for mode in modes if mode in OWN_MODES]
-    if own and not (training and on_gpu):
-        raise ValueError(f"modes has {own[0]}, which is training on a GPU: leave it away, or give device=cuda")
+    modes = config["modes"] or (MODES if on_gpu else MODES[:1])
+    own_modes = config.get("own_modes") or (*modes, *(OWN_MODES if training and on_gpu else ()))
+    fused = [mode for mode in own_modes if mode in OWN_MODES]
+    if fused and not on_gpu:
+        raise ValueError(f"own_modes has {fused[0]}, which is training on a GPU: leave it away, or give device=cuda")
     variants = build.model_variants()
     cases: dict[str, list[Case]] = {}
     for name in config["models"] or _VARIANTS[device]:
@@ -148,14 +150,12 @@ def _cases(config: Mapping[str, Any], training: bool, device: str, precision: st
                 mode=mode,
                 device=device,
             )
-            for mode in modes
             for library in config["libraries"]
-            if has(library, name) and (library == "ours" or mode in MODES)
+            for mode in (own_modes if library == "ours" else modes)
+            if has(library, name)
         ]
         if not cases[name]:
-            raise ValueError(
-                f"no library of libraries=[{','.join(config['libraries'])}] has {name} by modes={list(modes)}: add ours"
-            )
+            raise ValueError(f"no library of libraries=[{','.join(config['libraries'])}] has {name}: add ours")
     return cases
 
 

@@ -15,7 +15,7 @@ from effnet_train.models.fused import expand_kernels, launch
 
 # What is expanded by the kernels: on a CPU, under the interpreter, what tests are exact in.
 _TYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "meta": torch.bfloat16}
-_MOST_INPUTS, _MOST_OUTPUTS = 63, 256  # channels; the latter are those whose sums registers hold
+_MOST_INPUTS, _MOST_OUTPUTS = 63, 256  # channels; of more outputs registers do not hold the backward pass's sums
 # Fixed, as with them a sum's last digit would change. Backward as many as an H100 has room for: of matrices of sums.
 _FORWARD_PROGRAMS = 2048
 _BACKWARD_PROGRAMS = {32: 264, 64: 132}
@@ -27,12 +27,18 @@ _FORWARD = {
 }
 _BACKWARD = {
     32: {"BM": 64, "BC": 64, "num_warps": 4, "num_stages": 3},
-    64: {"BM": 64, "BC": 256, "num_warps": 8, "num_stages": 2},
+    64: {"BM": 64, "BC": 128, "num_warps": 8, "num_stages": 2},
 }
 
 
 def _fits(x: Tensor) -> bool:
     return x.dtype == _TYPES.get(x.device.type) and x.shape[1] <= _MOST_INPUTS
+
+
+def _sums_fit(x: Tensor, channels: int) -> bool:
+    """Say whether the gradients' sums stay in registers: products of other GPUs than Hopper's have operands there."""
+    hopper = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] == 9
+    return _fits(x) and channels <= _MOST_OUTPUTS and hopper
 
 
 def expanded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def gradients(
     """
     if not any(needed):
         return None, None
-    if not _fits(x) or weight.shape[0] > _MOST_OUTPUTS:
+    if not _sums_fit(x, weight.shape[0]):
         dy = launch.input_gradient(y, affine, launch.NONE, g, *over_all)
         rest = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needed, False])
         return torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)[:2]

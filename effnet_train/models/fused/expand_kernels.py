@@ -34,12 +34,12 @@ def inputs(x, rows, stop, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def coefficients(statistics, norm_weight, sums, cols, C, count, ACC: tl.constexpr):
-    """Return what A is of g and of y, and what is taken off: s, p and s * plain + p * mean, as rows."""
-    rstd = channel(statistics + 2 * C, cols, C, ACC)
-    of_g = rstd * channel(norm_weight, cols, C, ACC)
-    of_y = -of_g * rstd * channel(sums + C, cols, C, ACC) / count
-    mean = channel(statistics, cols, C, ACC)
-    return of_g, of_y, of_g * channel(sums, cols, C, ACC) / count + of_y * mean
+    """Return s, p, `plain` and the mean of y, a number a channel, as columns."""
+    rstd = tl.trans(channel(statistics + 2 * C, cols, C, ACC))
+    of_g = rstd * tl.trans(channel(norm_weight, cols, C, ACC))
+    of_y = -of_g * rstd * tl.trans(channel(sums + C, cols, C, ACC)) / count
+    plain = tl.trans(channel(sums, cols, C, ACC)) / count
+    return of_g, of_y, plain, tl.trans(channel(statistics, cols, C, ACC))
 
 
 @triton.jit
@@ -118,14 +118,15 @@ def expand_gradients(
     for block in tl.static_range(BLOCKS):
         cols = block * BC + tl.arange(0, BC)
         w = filters(weight, cols, C, K, BK)
-        of_g, of_y, constant = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
-        scaled = scaled + ((w.to(ACC) * tl.trans(of_g)).to(w.dtype),)
-        # Two numbers of half the digits, as x's mean is to vanish: what is taken off has all of them.
-        wide = w.to(ACC) * tl.trans(of_y)
+        of_g, of_y, plain, mean = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
+        of_part = (w.to(ACC) * of_g).to(w.dtype)
+        scaled = scaled + (of_part,)
+        # W^T p W in two numbers each, which have twice the digits, as x's mean is to vanish.
+        wide = w.to(ACC) * of_y
         high = wide.to(w.dtype)
         of_x = tl.dot(tl.trans(w), high, of_x, out_dtype=ACC)
         of_x = tl.dot(tl.trans(w), (wide - high.to(ACC)).to(w.dtype), of_x, out_dtype=ACC)
-        taken += tl.sum(w.to(ACC) * tl.trans(constant), axis=0)[None, :]
+        taken += tl.sum(of_part.to(ACC) * plain + wide * mean, axis=0)[None, :]
         products = products + (tl.zeros([BC, BK], ACC),)
     high_of_x = of_x.to(x.dtype.element_ty)
     low_of_x = (of_x - high_of_x.to(ACC)).to(x.dtype.element_ty)
@@ -185,14 +186,15 @@ def expand_weight_gradient(
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     ks = tl.arange(0, BK)[None, :]
-    of_g, of_y, constant = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
+    of_g, of_y, plain, mean = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
     inside = cols[:, None] < C
-    total = tl.load(products + cols[:, None] * (K + 1) + ks, mask=inside & (ks <= K), other=0.0) * tl.trans(of_g)
+    total = tl.load(products + cols[:, None] * (K + 1) + ks, mask=inside & (ks <= K), other=0.0) * of_g
     for k in range(K):
         w = tl.load(weight + cols * K + k, mask=cols < C, other=0.0).to(ACC)[:, None]
-        total += w * tl.trans(of_y) * tl.load(products + (C + k) * (K + 1) + ks, mask=ks <= K, other=0.0)
+        total += w * of_y * tl.load(products + (C + k) * (K + 1) + ks, mask=ks <= K, other=0.0)
     column = tl.load(products + (C + K) * (K + 1) + ks, mask=ks <= K, other=0.0)
     if ALONE:
-        constant = tl.trans(tl.sum(tl.where(ks == K, total, 0.0), axis=1)[:, None]) / count
-    total -= tl.trans(constant) * column
+        total -= tl.sum(tl.where(ks == K, total, 0.0), axis=1)[:, None] / count * column
+    else:
+        total -= (of_g * plain + of_y * mean) * column
     tl.store(out + cols[:, None] * K + ks, total, mask=inside & (ks < K))

@@ -14,13 +14,16 @@ from torch import Tensor
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
 
 NONE = "none"  # no activation
-_PROGRAMS = 2048  # that a reduction is divided among: fixed, as with them a sum's last digit would change
+# Programs that a reduction is divided among: fixed, as with them a sum's last digit would change.
+_PROGRAMS = 2048
+_WEIGHT_PROGRAMS = 1024  # of those that leave weights' gradients, too
 _MOST_PARTS = 512  # partial sums of a channel
 _WARPS = 4  # of a program that does not say otherwise
 _COLUMNS = 2  # neighbouring ones of an image, that a lane of a depthwise convolution goes down together
 # Numbers that a thread has at a time: so many are on their way, and registers hold what a kernel keeps for each. Where
 # it goes down columns of images these are weights, too, by the convolution's size.
-_NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "many sums": 8, 3: 4, 5: 2}
+_NUMBERS: Mapping[str | int, int] = {"pointwise": 16, "sums": 16, "moments": 16, "many sums": 8, 3: 4, 5: 2}
+_FEW_WARPS: Mapping[str | int, int] = {"moments": 2, "many sums": 2}  # where lanes are added up for little else
 
 
 class Padding(NamedTuple):
@@ -90,47 +93,50 @@ def _rows(x: Tensor) -> int:
 
 
 class _Split(NamedTuple):
-    """Hold how a reduction over rows is divided: programs, rows of each, and blocks of rows and channels."""
+    """Hold how a reduction over rows is divided: programs, rows of each, and rows, channels and warps of a block."""
 
     programs: int
     chunk: int
     BM: int
     BC: int
+    warps: int
 
     @property
     def blocks(self) -> dict[str, int]:
-        return {"BM": self.BM, "BC": self.BC}
+        return {"BM": self.BM, "BC": self.BC, "num_warps": self.warps}
 
 
-def _block(channels: int, kind: str | int) -> tuple[int, int]:
-    """Return how many rows and channels a program takes at a time."""
-    columns = _columns(channels, 64)
-    return max(1, _NUMBERS.get(kind, 1) * 32 * _WARPS // columns), columns
+def _block(channels: int, kind: str | int) -> tuple[int, int, int]:
+    """Return how many rows and channels a program takes at a time, and its warps."""
+    columns, warps = _columns(channels, 64), _FEW_WARPS.get(kind, _WARPS)
+    return max(1, _NUMBERS.get(kind, 1) * 32 * warps // columns), columns, warps
 
 
-def _split(rows: int, channels: int, *, kind: str | int = "sums") -> _Split:
-    block, columns = _block(channels, kind)
+def _split(rows: int, channels: int, *, kind: str | int = "sums", most: int | None = None) -> _Split:
+    block, columns, warps = _block(channels, kind)
     tiles = math.ceil(rows / block)
-    programs = min(tiles, _MOST_PARTS, max(1, _PROGRAMS // math.ceil(channels / columns)))
+    programs = min(tiles, _MOST_PARTS, max(1, (most or _PROGRAMS) // math.ceil(channels / columns)))
     chunk = math.ceil(tiles / programs) * block
-    return _Split(math.ceil(rows / chunk), chunk, block, columns)
+    return _Split(math.ceil(rows / chunk), chunk, block, columns, warps)
 
 
-def _columns_of(x: Tensor, padding: Padding, *, shift: int = 0) -> tuple[int, _Split, dict[str, int]]:
+def _columns_of(
+    x: Tensor, padding: Padding, *, shift: int = 0, most: int | None = None
+) -> tuple[int, _Split, dict[str, int]]:
     """Divide the columns of x's images, and `shift` more of each, in groups: return how many, split and constants."""
     columns = max(_COLUMNS, padding.stride)  # a multiple of the stride, so that which weights see which column is known
     groups = x.shape[0] * math.ceil((x.shape[3] + shift) / columns)
-    split = _split(groups, x.shape[1], kind=padding.kernel)
+    split = _split(groups, x.shape[1], kind=padding.kernel, most=most)
     return groups, split, {"K": padding.kernel, "STRIDE": padding.stride, "COLUMNS": columns, **split.blocks}
 
 
 def _sample_split(samples: int, pixels: int, channels: int, *, kind: str = "sums") -> _Split:
     """Divide the pixels of each sample; `programs` is of one sample."""
-    block, columns = _block(channels, kind)
+    block, columns, warps = _block(channels, kind)
     tiles = math.ceil(pixels / block)
     programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
     chunk = math.ceil(tiles / programs) * block
-    return _Split(math.ceil(pixels / chunk), chunk, block, columns)
+    return _Split(math.ceil(pixels / chunk), chunk, block, columns, warps)
 
 
 def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int]:
@@ -141,7 +147,7 @@ def _pointwise(x: Tensor, *, by_sample: bool) -> tuple[tuple[int], dict[str, int
     """Return grid and blocks, none of which has rows of two samples if `by_sample`, and the rows that go together."""
     rows, channels = _rows(x), x.shape[1]
     samples = x.shape[0] if by_sample else 1
-    block, columns = _block(channels, "pointwise")
+    block, columns, _ = _block(channels, "pointwise")
     programs = samples * math.ceil(rows // samples / block) * math.ceil(channels / columns)
     return (programs,), {"BM": block, "BC": columns}, rows // samples
 
@@ -167,7 +173,7 @@ def add_rows(partial: Tensor) -> Tensor:
 def moments(x: Tensor) -> Tensor:
     """Return the moments of parts of x's rows, (3, programs, C), for `finish_moments`."""
     channels = x.shape[1]
-    split = _split(_rows(x), channels)
+    split = _split(_rows(x), channels, kind="moments")
     partial = x.new_empty(3, split.programs, channels, dtype=accumulator(x))
     sizes = (_rows(x), channels, split.chunk, split.programs)
     _launch(norm_kernels.moments, _grid(split, channels), x, partial, *sizes, **split.blocks)
@@ -287,7 +293,8 @@ def depthwise_gradients(
     are its sums (2, C).
     """
     channels, taps = x.shape[1], padding.kernel**2
-    groups, split, constants = _columns_of(x, padding, shift=padding.left % padding.stride)
+    shift = padding.left % padding.stride
+    groups, split, constants = _columns_of(x, padding, shift=shift, most=_WEIGHT_PROGRAMS)
     dx = torch.empty_like(x)
     sums = taps if affine[0] is None else taps + 2
     partial = x.new_empty(sums, split.programs, channels, dtype=accumulator(x))

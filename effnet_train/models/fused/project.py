@@ -31,12 +31,11 @@ class Blocks(NamedTuple):
 
 # By outputs, up to so many.
 FORWARD = {
-    32: Blocks(128, 32, registers=128),
     MOST_OUTPUTS_WITH_MOMENTS: Blocks(64, 32, registers=128),
-    MOST_OUTPUTS: Blocks(128, 64, warps=8, stages=2, registers=128),
+    MOST_OUTPUTS: Blocks(64, 64, stages=2, registers=128),
 }
 SUMS = {MOST_OUTPUTS: Blocks(64, 32, registers=168)}
-INPUT_GRADIENT = {16: Blocks(128, 32, stages=2), MOST_OUTPUTS: Blocks(128, 32, stages=2, registers=168)}
+INPUT_GRADIENT = {16: Blocks(128, 32, stages=1), MOST_OUTPUTS: Blocks(128, 32, registers=168)}
 
 
 class _Split(NamedTuple):
