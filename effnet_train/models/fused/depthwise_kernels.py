@@ -16,6 +16,7 @@ import triton.language as tl
 from effnet_train.models.fused.norm_kernels import activated, affine, place, slope, store_moments, track
 
 ROWS_AHEAD = tl.constexpr(2)
+UNROLLED = tl.constexpr(2)  # rows in a turn of a loop, between which what is begun moves from register to register
 
 
 @triton.jit
@@ -103,32 +104,34 @@ def forward(
         sums = zeros(BEGUN * COLUMNS, BM, BC, ACC)  # of the output's rows t, t - 1, ...
         begin = top // STRIDE  # rows before are all padding
         coming = rows_of(x, at, begin * STRIDE - top, column, inside, height, width, C, AHEAD * STRIDE, SEEN)
-        for t in range(begin, out_height + BEGUN - 1):
-            row = (t + AHEAD) * STRIDE - top
-            coming = coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, SEEN)
-            if t * STRIDE - top < height:
-                for s in tl.static_range(STRIDE):
-                    for e in tl.static_range(SEEN):
-                        value = coming[s * SEEN + e].to(ACC)
-                        more = ()
-                        for q in tl.static_range(BEGUN):
-                            for c in tl.static_range(COLUMNS):
-                                if q * STRIDE + s < K and e >= c * STRIDE and e < c * STRIDE + K:
-                                    tap = weights[(q * STRIDE + s) * K + e - c * STRIDE]
-                                    more = more + (sums[q * COLUMNS + c] + value * tap,)
-                                else:
-                                    more = more + (sums[q * COLUMNS + c],)
-                        sums = more
-            coming = coming[STRIDE * SEEN :]
-            i = t - (BEGUN - 1)
-            for c in tl.static_range(COLUMNS):
-                valid = inside & (i >= 0) & (j + c < out_width)
-                stored = sums[(BEGUN - 1) * COLUMNS + c].to(y.dtype.element_ty)
-                tl.store(y + at_output + ((i * out_width).to(tl.int64) + c) * C, stored, mask=valid)
-                # Of what was stored, not of what was computed: that is what will be normalised.
-                begins = (start == first) & (i == 0) & (c == 0)
-                origin, plain, square = track(stored.to(ACC), valid, begins, origin, plain, square)
-            sums = zeros(COLUMNS, BM, BC, ACC) + sums[: (BEGUN - 1) * COLUMNS]
+        for turn in range(begin, out_height + BEGUN - 1, UNROLLED):
+            for r in tl.static_range(UNROLLED):
+                t = turn + r
+                row = (t + AHEAD) * STRIDE - top
+                coming = coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, SEEN)
+                if t * STRIDE - top < height:
+                    for s in tl.static_range(STRIDE):
+                        for e in tl.static_range(SEEN):
+                            value = coming[s * SEEN + e].to(ACC)
+                            more = ()
+                            for q in tl.static_range(BEGUN):
+                                for c in tl.static_range(COLUMNS):
+                                    if q * STRIDE + s < K and e >= c * STRIDE and e < c * STRIDE + K:
+                                        tap = weights[(q * STRIDE + s) * K + e - c * STRIDE]
+                                        more = more + (sums[q * COLUMNS + c] + value * tap,)
+                                    else:
+                                        more = more + (sums[q * COLUMNS + c],)
+                            sums = more
+                coming = coming[STRIDE * SEEN :]
+                i = t - (BEGUN - 1)
+                for c in tl.static_range(COLUMNS):
+                    valid = inside & (i >= 0) & (i < out_height) & (j + c < out_width)
+                    stored = sums[(BEGUN - 1) * COLUMNS + c].to(y.dtype.element_ty)
+                    tl.store(y + at_output + ((i * out_width).to(tl.int64) + c) * C, stored, mask=valid)
+                    # Of what was stored, not of what was computed: that is what will be normalised.
+                    begins = (start == first) & (i == 0) & (c == 0)
+                    origin, plain, square = track(stored.to(ACC), valid, begins, origin, plain, square)
+                sums = zeros(COLUMNS, BM, BC, ACC) + sums[: (BEGUN - 1) * COLUMNS]
     store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 
 
@@ -191,45 +194,46 @@ def gradients(
         seeing = zeros((BEGUN - 1) * SEEING, BM, BC, ACC)  # gradients of the output's rows t - 1, t - 2, ...
         coming = rows_of(dy, at_output, 0, j, inside, out_height, out_width, C, AHEAD, SEEING)
         own_coming = rows_of(x, at, -top, column, inside, height, width, C, AHEAD * STRIDE, COLUMNS)
-        for t in range((height - 1 + top) // STRIDE + 1):
-            coming = coming + rows_of(dy, at_output, t + AHEAD, j, inside, out_height, out_width, C, 1, SEEING)
-            row = (t + AHEAD) * STRIDE - top
-            own_coming = own_coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, COLUMNS)
-            newest = ()
-            for o in tl.static_range(SEEING):
-                newest = newest + (coming[o].to(ACC),)
-            seeing = newest + seeing
-            coming = coming[SEEING:]
-            if (t + 1) * STRIDE > top:
-                for s in tl.static_range(STRIDE):
-                    row = t * STRIDE - top + s
-                    in_row = inside & (row >= 0) & (row < height)
-                    own = at + (width * row).to(tl.int64) * C
-                    for c in tl.static_range(COLUMNS):
-                        valid = in_row & (column + c >= 0) & (column + c < width)
-                        value = own_coming[s * COLUMNS + c].to(ACC)  # 0 where it is not valid
-                        if statistics is not None:
-                            apart = value - mean
-                            before = apart * (rstd * w) + b
-                            # Rounded as it was when it was convolved.
-                            value = tl.where(valid, activated(before, ACT).to(x.dtype.element_ty).to(ACC), 0.0)
-                        grad = tl.zeros([BM, BC], ACC)
-                        more = ()
-                        for tap in tl.static_range(K * K):
-                            if tap // K % STRIDE == s and (c - tap % K) % STRIDE == 0:
-                                seer = seeing[tap // K // STRIDE * SEEING + (c - tap % K) // STRIDE + BEFORE]
-                                grad += seer * weights[tap]
-                                more = more + (totals[tap] + seer * value,)
-                            else:
-                                more = more + (totals[tap],)
-                        totals = more
-                        if statistics is not None:
-                            grad = tl.where(valid, grad * slope(before, ACT), 0.0)
-                            plain += grad
-                            times_x += grad * apart
-                        tl.store(dx + own + c * C, grad, mask=valid)
-            own_coming = own_coming[STRIDE * COLUMNS :]
-            seeing = seeing[: (BEGUN - 1) * SEEING]
+        for turn in range(0, (height - 1 + top) // STRIDE + 1, UNROLLED):
+            for r in tl.static_range(UNROLLED):
+                t = turn + r
+                coming = coming + rows_of(dy, at_output, t + AHEAD, j, inside, out_height, out_width, C, 1, SEEING)
+                row = (t + AHEAD) * STRIDE - top
+                own_coming = own_coming + rows_of(x, at, row, column, inside, height, width, C, STRIDE, COLUMNS)
+                newest = ()
+                for o in tl.static_range(SEEING):
+                    newest = newest + (coming[o].to(ACC),)
+                seeing = newest + seeing
+                coming = coming[SEEING:]
+                if (t + 1) * STRIDE > top:
+                    for s in tl.static_range(STRIDE):
+                        row = t * STRIDE - top + s
+                        in_row = inside & (row >= 0) & (row < height)
+                        own = at + (width * row).to(tl.int64) * C
+                        for c in tl.static_range(COLUMNS):
+                            valid = in_row & (column + c >= 0) & (column + c < width)
+                            value = own_coming[s * COLUMNS + c].to(ACC)  # 0 where it is not valid
+                            if statistics is not None:  # not rounded, as it was when it was convolved
+                                apart = value - mean
+                                before = apart * (rstd * w) + b
+                                value = tl.where(valid, activated(before, ACT), 0.0)
+                            grad = tl.zeros([BM, BC], ACC)
+                            more = ()
+                            for tap in tl.static_range(K * K):
+                                if tap // K % STRIDE == s and (c - tap % K) % STRIDE == 0:
+                                    seer = seeing[tap // K // STRIDE * SEEING + (c - tap % K) // STRIDE + BEFORE]
+                                    grad += seer * weights[tap]
+                                    more = more + (totals[tap] + seer * value,)
+                                else:
+                                    more = more + (totals[tap],)
+                            totals = more
+                            if statistics is not None:
+                                grad = tl.where(valid, grad * slope(before, ACT), 0.0)
+                                plain += grad
+                                times_x += grad * apart
+                            tl.store(dx + own + c * C, grad, mask=valid)
+                own_coming = own_coming[STRIDE * COLUMNS :]
+                seeing = seeing[: (BEGUN - 1) * SEEING]
     for tap in tl.static_range(K * K):
         store_sum(partial, totals[tap], tap, cols, C, program, programs)
     if statistics is not None:
