@@ -63,9 +63,17 @@ def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Mod
     return instantiate(cfg, num_classes=num_classes, _convert_="all")
 
 
+def trained_model(cfg: DictConfig) -> DictConfig:
+    """Return the configuration of the model to train: `fused=auto` is false where something needs the plain layers."""
+    part = cfg.model.copy()
+    if part.get("fused") == "auto" and (cfg.advprop.epsilon or cfg.freeze.batch_norm):
+        part.fused = False
+    return part
+
+
 def meta_model(cfg: DictConfig, num_classes: int, device: torch.device) -> nn.Module:
     """Build the model without numbers, to count with, as it would train on the device: also what `auto` comes to."""
-    part = cfg.model.copy()
+    part = trained_model(cfg)
     if "fused" in part:
         part.fused = resolve(part.fused, device, compiled=cfg.compile)
     return without_weights(part, num_classes)
@@ -309,10 +317,10 @@ def load_model(
 def check_start(cfg: DictConfig) -> None:
     """Raise ValueError where weights are needed to start from and none are given; or freezing needs plain layers."""
     freeze = instantiate(cfg.freeze)
-    if freeze.batch_norm and cfg.model.get("fused", False) is not False:
+    if freeze.batch_norm and cfg.model.get("fused") is True:
         raise ValueError(
-            f"freeze.batch_norm=true does not go with model.fused={cfg.model.fused}, whose kernels normalise by the "
-            "batch: use model.fused=false"
+            "freeze.batch_norm=true does not go with model.fused=true, whose kernels normalise by the batch: use "
+            "model.fused=auto or false"
         )
     if (freeze.up_to != 0 or freeze.batch_norm) and cfg.init_from is None:
         key = f"freeze.up_to={freeze.up_to}" if freeze.up_to != 0 else "freeze.batch_norm=true"

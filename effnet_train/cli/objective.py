@@ -35,10 +35,10 @@ def check_objective(cfg: DictConfig) -> None:
         raise ValueError(f"cuda_graph=true captures the labels' loss only: with {keys[0]} set cuda_graph=false")
     if cfg.advprop.epsilon and (cfg.freeze.up_to != 0 or cfg.freeze.batch_norm):
         raise ValueError("freeze= keeps BatchNorms as they are, and advprop.epsilon= trains two of each: choose one")
-    if cfg.advprop.epsilon and cfg.model.get("fused", False):
+    if cfg.advprop.epsilon and cfg.model.get("fused") is True:
         raise ValueError(
-            f"model.fused={cfg.model.fused}: the fused kernels have no auxiliary BatchNorm: with advprop.epsilon= set "
-            "model.fused=false"
+            "model.fused=true: the fused kernels have no auxiliary BatchNorm: with advprop.epsilon= set "
+            "model.fused=auto or false"
         )
     if teacher is not None and not is_name(teacher):
         find_checkpoint(Path(teacher), "distill.teacher")

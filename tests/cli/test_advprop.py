@@ -63,7 +63,7 @@ def test_accuracy_under_attack(cli: Cli, trained: Path, tmp_path: Path) -> None:
     [
         (("advprop.epsilon=0", "advprop.steps=5"), "advprop.steps=5 has no effect without advprop.epsilon=, say 1"),
         (("cuda_graph=true",), "with advprop.epsilon= set cuda_graph=false"),
-        (("model.fused=auto",), "model.fused=auto: the fused kernels have no auxiliary BatchNorm"),
+        (("model.fused=true",), "model.fused=true: the fused kernels have no auxiliary BatchNorm"),
         (
             ("init_from=x", "freeze.batch_norm=true"),
             "freeze= keeps BatchNorms as they are, and advprop.epsilon= trains",

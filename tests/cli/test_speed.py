@@ -103,9 +103,13 @@ def test_latency_is_of_one_image_in_one_thread(cli, tmp_path):
         (["libraries=[keras]"], "libraries has keras, which is not known"),
         (
             ["modes=[x]"],
-            "modes has x, which is not known: The choices are eager, compiled, reduce-overhead, fused, graph",
+            "modes has x, which is not known: The choices are eager, compiled, reduce-overhead",
         ),
-        (["modes=[eager,fused]"], "modes has fused, which is training on a GPU: leave it away, or give device=cuda"),
+        (
+            ["own_modes=[eager,fused]"],
+            "own_modes has fused, which is training on a GPU: leave it away, or give device=cuda",
+        ),
+        (["own_modes=[grahp]"], "own_modes has grahp, which is not known: did you mean graph? The choices are eager,"),
         (["seconds=0"], "seconds=0 must be more than 0"),
         (["rounds=0"], "rounds=0 must be at least 1"),
         (["batch_size=0"], "batch_size=0 must be at least 1"),
@@ -117,7 +121,7 @@ def test_latency_is_of_one_image_in_one_thread(cli, tmp_path):
     ],
 )
 def test_bad_input_is_named(cli, words, message):
-    found = cli("bench", "eval", *words)
+    found = cli("bench", "train" if words[0].startswith("own_") else "eval", *words)
     assert found.status == 2
     assert message in found.err
 

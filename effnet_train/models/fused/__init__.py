@@ -1,7 +1,7 @@
 """GPU kernels behind the same layers, in Triton, which is imported only where they run.
 
-`fused` is a network's argument: `auto` uses the kernels where it trains on a CUDA device and Triton is there, `True`
-insists on it, `False` never does. On a CPU they run under Triton's interpreter alone, which is for tests.
+`fused` is a network's argument: `auto` uses the kernels where it trains on a GPU of the kind that they were measured on
+and Triton is there, `True` insists on it, `False` never does. On a CPU they run under Triton's interpreter alone, which is for tests.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Fused = bool | str
+_MEASURED = (9, 0)  # the least compute capability: an H100's
 CHOICES: tuple[Fused, ...] = ("auto", True, False)
 
 
@@ -54,8 +55,13 @@ def runs(fused: Fused, x: Tensor) -> bool:
 def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
     """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
     if fused == "auto":
-        return device.type == "cuda" and not compiled and installed()
+        return device.type == "cuda" and not compiled and installed() and _capability(device) >= _MEASURED
     return bool(fused)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _interpreted() -> bool:

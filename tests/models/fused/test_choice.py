@@ -9,12 +9,20 @@ from effnet_train.models.efficientnet import EfficientNet
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_for_training_on_cuda() -> None:
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_capability", lambda device: (9, 0))
+
+
+def test_auto_is_for_training_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.resolve("auto", CUDA)
     assert not fused.resolve("auto", CUDA, compiled=True)
     assert not fused.resolve("auto", CPU)
     assert fused.resolve(True, CPU)
     assert not fused.resolve(False, CUDA)
+    monkeypatch.setattr(fused, "_capability", lambda device: (8, 9))  # where nobody has measured
+    assert not fused.resolve("auto", CUDA)
+    assert fused.resolve(True, CUDA)
 
 
 def test_another_choice_is_refused() -> None:
