@@ -21,6 +21,7 @@ Reduce = Callable[[Tensor], Tensor]
 def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
     """Return mean, variance and 1 / deviation (3, C) of x and of what other ranks share; move the running ones.
 
+    Where there are other ranks, the mean of x alone comes after them, (4, C).
     Raises ValueError for a single value a channel, as the plain layer does.
     """
     if norm.reduce_statistics is None and _rows(x) == 1:
@@ -28,14 +29,14 @@ def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> 
     partial = launch.moments(x) if partial is None else partial
     if norm.reduce_statistics is None:
         return launch.finish_moments(partial, x, norm, norm.momentum)
-    mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
-    moments = torch.cat([mean, variance + mean.square(), mean.new_ones(1)]) * _rows(x)
+    own_mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
+    moments = torch.cat([own_mean, variance + own_mean.square(), own_mean.new_ones(1)]) * _rows(x)
     total = norm.reduce_statistics(moments)
     mean, square = (total[:-1] / total[-1]).chunk(2)
     variance = (square - mean.square()).clamp(min=0)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-    return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
+    return torch.stack([mean, variance, (variance + norm.eps).rsqrt(), own_mean])
 
 
 def _rows(x: Tensor) -> int:
@@ -160,7 +161,8 @@ class NormActDepthwise(torch.autograd.Function):
         if narrow is None:
             return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed)
+        own = None if reduce is None else expand.sum_over_own_rows(sums, affine, over_all[0], _rows(x))
+        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed, own)
         return d_narrow, *gradients, None if d_expand is None else d_expand.to(x.dtype).to(expand_type)
 
 

@@ -182,6 +182,47 @@ def test_as_exact_in_bf16_as_the_libraries(
 
 
 @pytest.mark.usefixtures("few_programs")
+def test_as_exact_in_bf16_over_ranks(
+    device: torch.device, low_precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks' weight gradients together, where x is far from 0: each alone has what only over all of them cancels."""
+    shares, inputs, channels = (2500, 1500), 24, 48
+    rows = sum(shares)
+    x = numbers(rows, inputs, 1, 1, seed=0, mean=20.0).to(device, low_precision)
+    x[: shares[0]] += 1
+    weight = numbers(channels, inputs, 1, 1, seed=1, scale=inputs**-0.5).to(device, low_precision)
+    norm = BatchNorm2d(channels).to(device)
+    rest = norm.weight.detach(), norm.bias.detach()
+    leaf = weight.double().requires_grad_()
+    b = F.batch_norm(F.conv2d(x.double(), leaf), None, None, training=True, eps=norm.eps)
+    g = (numbers(rows, channels, 1, 1, seed=2).to(device) + b.detach().tanh()).to(low_precision)
+    (right,) = torch.autograd.grad(b, leaf, g.double())
+
+    parts = list(zip(x.split(shares), g.split(shares), strict=True))
+    ys = [expand.expanded(part, weight) for part, _ in parts]
+    own = [launch.finish_moments(partial, y, norm, 0.0)[0] for y, partial in ys]
+    whole = torch.cat([y for y, _ in ys])
+    statistics = launch.finish_moments(launch.moments(whole), whole, norm, 0.0)
+    affines = [(torch.cat([statistics, mean[None]]), *rest) for mean in own]
+    sums = [launch.norm_sums(y, a, launch.NONE, g, None) for (y, _), a, (_, g) in zip(ys, affines, parts, strict=True)]
+    means = (sums[0] + sums[1]) / rows
+
+    def error() -> Tensor:
+        found = torch.zeros_like(right)
+        for (part, grad), (y, _), affine, of_rank in zip(parts, ys, affines, sums, strict=True):
+            left = expand.sum_over_own_rows(of_rank, affine, means, len(part))
+            _, gradient = expand.gradients(grad, part, weight, y, affine, (means, 1), (False, True), left)
+            assert gradient is not None
+            found += gradient
+        return (found - right).norm() / right.norm()
+
+    ours = error()
+    monkeypatch.setattr(expand, "_TYPES", {})
+    assert ours < 0.03
+    assert ours < 1.1 * error()
+
+
+@pytest.mark.usefixtures("few_programs")
 def test_the_same_bits_twice(device: torch.device, low_precision: torch.dtype) -> None:
     x, *rest = leaves(5, 70, 2, 13, 9)
     tensors = [t.requires_grad_() for t in (x.to(low_precision), *(t.float() for t in rest))]
