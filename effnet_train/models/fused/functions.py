@@ -142,11 +142,12 @@ class NormActDepthwise(torch.autograd.Function):
         ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, narrow, lowered)
         ctx.rest = reduce, act, padding, None if expand_weight is None else expand_weight.dtype
         ctx.mark_non_differentiable(partial)
+        ctx.set_materialize_grads(False)  # moments have none, and no zeros in its place
         return y, partial
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
         reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
@@ -195,11 +196,12 @@ class NormActProject(torch.autograd.Function):
         ctx.rest = norm.reduce_statistics, act
         if moments is not None:
             ctx.mark_non_differentiable(moments)
+            ctx.set_materialize_grads(False)
         return y, moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
         gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest
