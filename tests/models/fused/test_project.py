@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor, nn
 
 from effnet_train.models.fused import functions, launch, project
@@ -150,6 +151,14 @@ def test_which_products_are_made_here() -> None:
     assert project.fits(half, 112)
     assert not project.fits(half, 192)
     assert not project.fits(single, 16)  # tensor cores would round it
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_registers_are_limited_by_nvidias_compiler_alone(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's raises KeyError for an option that it does not know."""
+    monkeypatch.setattr(project, "NATIVE", tl.constexpr(native))
+    options = project._constants(project.FORWARD[project.MOST_OUTPUTS], 80)
+    assert ("maxnreg" in options) == native
 
 
 @pytest.mark.parametrize("gated", [True, False])
