@@ -122,30 +122,9 @@ def test_the_variance_of_numbers_far_from_zero(device: torch.device, monkeypatch
 
 
 @pytest.fixture
-def low_precision(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Have bf16 expanded by the kernels under the interpreter, too, as a GPU would.
-
-    By itself it multiplies bf16's bits as integers, and cuts digits off instead of rounding.
-    """
-    if device.type == "cpu":
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-        product, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-        def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-            a, b = (cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-            return product(self, a, b, *rest)
-
-        def cast_impl(self: Any, source: Any, to: Any) -> Any:
-            if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-                return cast(self, source, to)
-            rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.uint16)
-            return TensorHandle(rounded.numpy(), tl.bfloat16)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-        monkeypatch.setitem(expand._TYPES, "cpu", torch.bfloat16)
+def low_precision(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Have bf16 expanded by the kernels under the interpreter, too, as a GPU would."""
+    monkeypatch.setitem(expand._TYPES, "cpu", torch.bfloat16)
     return torch.bfloat16
 
 
