@@ -67,10 +67,12 @@ def gradients(
     affine: Sequence[Tensor],
     over_all: tuple[Tensor, int],
     needed: Sequence[bool],
+    sum_of_dy: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x and of the weights, where they are needed, from that of BatchNorm's output.
 
-    `y` is what `expanded` returned, `affine` and `over_all` are what `launch.input_gradient` takes.
+    `y` is what `expanded` returned, `affine` and `over_all` are what `launch.input_gradient` takes. `sum_of_dy` is what
+    `sum_over_own_rows` returns where other ranks share the statistics.
     """
     if not any(needed):
         return None, None
@@ -92,14 +94,26 @@ def gradients(
     launch._launch(expand_kernels.expand_gradients, (programs,), *arguments, **constants)
     if partial is None:
         return dx, None
-    return dx, _weight_gradient(launch.add_rows(partial), weight, norm, count, alone=1 < count == rows)
+    return dx, _weight_gradient(launch.add_rows(partial), weight, (*norm, sum_of_dy), rows, count)
 
 
-def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor], count: int, *, alone: bool) -> Tensor:
+def sum_over_own_rows(sums: Tensor, affine: Sequence[Tensor], means: Tensor, rows: int) -> Tensor:
+    """Return the sum of y's gradient over this rank's rows (C,): it is 0 over those of all ranks alone.
+
+    `sums` are BatchNorm's of these rows, `means` (2, C) what became of all ranks', and `affine`'s statistics have the
+    mean of these rows at their end. So the ranks' results cancel, whatever was rounded before.
+    """
+    (mean, _, rstd, own_mean), weight, _ = affine
+    plain, times_x = means
+    scale = rstd * weight
+    return scale * (sums[0] - rows * plain) - scale * rstd * times_x * (own_mean - mean) * rows
+
+
+def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor | None], rows: int, count: int) -> Tensor:
     channels, inputs = weight.shape[:2]
     out = products.new_empty(weight.shape)
-    constants = {"K": inputs, "ALONE": alone, "BK": _power_above(inputs), "BC": 16}
-    arguments = (products, _matrix(weight), *norm, out, channels, count)
+    constants = {"K": inputs, "BK": _power_above(inputs), "BC": 16}
+    arguments = (products, _matrix(weight), *norm, out, channels, rows, count)
     launch._launch(expand_kernels.expand_weight_gradient, (math.ceil(channels / 16),), *arguments, **constants)
     return out
 

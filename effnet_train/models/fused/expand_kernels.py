@@ -170,31 +170,32 @@ def expand_weight_gradient(
     statistics,
     norm_weight,
     sums,
+    sum_of_a,
     out,
     C,
+    rows,
     count,
     K: tl.constexpr,
-    ALONE: tl.constexpr,
     ACC: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write dW from what `expand_gradients` left, added up: `products` (C + K + 1, K + 1).
+    """Write dW from what `expand_gradients` left of `rows` rows, added up: `products` (C + K + 1, K + 1).
 
-    ALONE, all `count` rows are in it. Then A's sum over them is 0, and x may be taken from its mean: that of y, and
-    `plain`, were rounded otherwise than what they are to cancel.
+    x is taken from its mean, and what that leaves away is A's sum over the rows times that mean. `sum_of_a` (C,) is
+    known, or None for 0: y's mean and `plain` were rounded otherwise than the products that they are to cancel.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     ks = tl.arange(0, BK)[None, :]
-    of_g, of_y, plain, mean = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
+    of_g, of_y, _, _ = coefficients(statistics, norm_weight, sums, cols, C, count, ACC)
     inside = cols[:, None] < C
     total = tl.load(products + cols[:, None] * (K + 1) + ks, mask=inside & (ks <= K), other=0.0) * of_g
     for k in range(K):
         w = tl.load(weight + cols * K + k, mask=cols < C, other=0.0).to(ACC)[:, None]
         total += w * of_y * tl.load(products + (C + k) * (K + 1) + ks, mask=ks <= K, other=0.0)
     column = tl.load(products + (C + K) * (K + 1) + ks, mask=ks <= K, other=0.0)
-    if ALONE:
-        total -= tl.sum(tl.where(ks == K, total, 0.0), axis=1)[:, None] / count * column
-    else:
-        total -= (of_g * plain + of_y * mean) * column
+    surplus = tl.sum(tl.where(ks == K, total, 0.0), axis=1)[:, None]
+    if sum_of_a is not None:
+        surplus -= tl.trans(channel(sum_of_a, cols, C, ACC))
+    total -= surplus / rows * column
     tl.store(out + cols[:, None] * K + ks, total, mask=inside & (ks < K))

@@ -21,6 +21,7 @@ Reduce = Callable[[Tensor], Tensor]
 def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> Tensor:
     """Return mean, variance and 1 / deviation (3, C) of x and of what other ranks share; move the running ones.
 
+    Where there are other ranks, the mean of x alone comes after them, (4, C).
     Raises ValueError for a single value a channel, as the plain layer does.
     """
     if norm.reduce_statistics is None and _rows(x) == 1:
@@ -28,14 +29,14 @@ def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> 
     partial = launch.moments(x) if partial is None else partial
     if norm.reduce_statistics is None:
         return launch.finish_moments(partial, x, norm, norm.momentum)
-    mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
-    moments = torch.cat([mean, variance + mean.square(), mean.new_ones(1)]) * _rows(x)
+    own_mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
+    moments = torch.cat([own_mean, variance + own_mean.square(), own_mean.new_ones(1)]) * _rows(x)
     total = norm.reduce_statistics(moments)
     mean, square = (total[:-1] / total[-1]).chunk(2)
     variance = (square - mean.square()).clamp(min=0)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-    return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
+    return torch.stack([mean, variance, (variance + norm.eps).rsqrt(), own_mean])
 
 
 def _rows(x: Tensor) -> int:
@@ -141,11 +142,12 @@ class NormActDepthwise(torch.autograd.Function):
         ctx.save_for_backward(x, statistics, norm_weight, norm_bias, weight, narrow, lowered)
         ctx.rest = reduce, act, padding, None if expand_weight is None else expand_weight.dtype
         ctx.mark_non_differentiable(partial)
+        ctx.set_materialize_grads(False)  # moments have none, and no zeros in its place
         return y, partial
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
         reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
@@ -160,7 +162,8 @@ class NormActDepthwise(torch.autograd.Function):
         if narrow is None:
             return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed)
+        own = None if reduce is None else expand.sum_over_own_rows(sums, affine, over_all[0], _rows(x))
+        d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed, own)
         return d_narrow, *gradients, None if d_expand is None else d_expand.to(x.dtype).to(expand_type)
 
 
@@ -193,11 +196,12 @@ class NormActProject(torch.autograd.Function):
         ctx.rest = norm.reduce_statistics, act
         if moments is not None:
             ctx.mark_non_differentiable(moments)
+            ctx.set_materialize_grads(False)
         return y, moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
         gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest

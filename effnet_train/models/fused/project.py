@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_train.models.fused import launch, project_kernels
+from effnet_train.models.fused.norm_kernels import NATIVE
 
 MOST_OUTPUTS = 128  # of a product that is made here: registers hold a row of them for each row of a tile
 MOST_OUTPUTS_WITH_MOMENTS = 64  # as these take as many registers again
@@ -151,5 +152,6 @@ def _constants(blocks: Blocks, outputs: int) -> dict[str, Any]:
         "BD": max(16, 1 << (outputs - 1).bit_length()),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
-        **({"maxnreg": blocks.registers} if blocks.registers else {}),
+        # An option of Nvidia's compiler alone: AMD's refuses it.
+        **({"maxnreg": blocks.registers} if blocks.registers and NATIVE else {}),
     }

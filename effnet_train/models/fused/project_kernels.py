@@ -185,6 +185,8 @@ def project_sums(
             x_slopes = add_own_rows(x_slopes, d * apart, BM, BC)
         dz_slopes = add_own_rows(dz_slopes, dz * d, BM, BC)
         dz_x_slopes = add_own_rows(dz_x_slopes, dz * d * apart, BM, BC)
+        if x.dtype.element_ty == tl.float16:  # beyond the sample z is not 0, and may be infinite, which times 0 is NaN
+            z = tl.where(inside, z, 0.0)
         products = tl.dot(tl.trans(grads), z.to(x.dtype.element_ty), products, out_dtype=ACC)
         start += BM
         if start >= stop:

@@ -48,11 +48,12 @@ class StemConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.padding = padding
         ctx.mark_non_differentiable(partial)
+        ctx.set_materialize_grads(False)
         return y, partial
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Return the weights' gradient."""
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from effnet_train.models.efficientnet import MBConv
 from effnet_train.models.fused import launch
-from effnet_train.models.layers import Style
+from effnet_train.models.layers import ConvNorm, Style
 from effnet_train.models.scaling import Stage
 from effnet_train.optim import one_pass_kernel
 
@@ -72,6 +72,10 @@ def main(capability: int, kinds: str) -> None:
                     part.conv.to(torch.bfloat16)
             x = torch.empty(8, shape.in_channels, size, size, dtype=torch.bfloat16, requires_grad=True)
             block(x, torch.empty(8)).sum().backward()
+    with torch.device("meta"):
+        stem = ConvNorm(3, 40, kernel=3, stride=2, style=Style(fused=True)).train()
+        stem.conv.to(torch.bfloat16)
+        stem(torch.empty(8, 3, 29, 29, dtype=torch.bfloat16)).sum().backward()
     pointers = {"addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "starts": "*i32"}
     scalars = {"rate": "*fp32", "follow": "*fp32", "alpha": "fp32", "momentum": "fp32", "eps": "fp32"}
     signature = {**pointers, **scalars, "BLOCK": "constexpr"}

@@ -32,5 +32,6 @@ def test_kernels_compile(capability: int, kinds: str, tmp_path: Path) -> None:
     gates = {"squeeze", "excite", "excite_gradient", "squeeze_gradient", "parameter_gradients"}
     expansion = {"expand", "expand_gradients", "expand_weight_gradient"}
     projections = {"project", "project_sums", "project_input_gradient"}
-    assert names == {*depthwise, *norms, *gates, *expansion, *projections, "update"}
+    stem = {"forward", "weight_gradient"}
+    assert names == {*depthwise, *norms, *gates, *expansion, *projections, *stem, "update"}
     assert all(size > 0 for size in sizes.values())

@@ -122,30 +122,9 @@ def test_the_variance_of_numbers_far_from_zero(device: torch.device, monkeypatch
 
 
 @pytest.fixture
-def low_precision(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Have bf16 expanded by the kernels under the interpreter, too, as a GPU would.
-
-    By itself it multiplies bf16's bits as integers, and cuts digits off instead of rounding.
-    """
-    if device.type == "cpu":
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-        product, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-        def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-            a, b = (cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-            return product(self, a, b, *rest)
-
-        def cast_impl(self: Any, source: Any, to: Any) -> Any:
-            if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-                return cast(self, source, to)
-            rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.uint16)
-            return TensorHandle(rounded.numpy(), tl.bfloat16)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-        monkeypatch.setitem(expand._TYPES, "cpu", torch.bfloat16)
+def low_precision(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Have bf16 expanded by the kernels under the interpreter, too, as a GPU would."""
+    monkeypatch.setitem(expand._TYPES, "cpu", torch.bfloat16)
     return torch.bfloat16
 
 
@@ -179,6 +158,47 @@ def test_as_exact_in_bf16_as_the_libraries(
         error, usual_error = ((some.double() - right).norm() / right.norm() for some in (mine, usual))
         assert error < 0.01
         assert error < 1.1 * usual_error
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_as_exact_in_bf16_over_ranks(
+    device: torch.device, low_precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks' weight gradients together, where x is far from 0: each alone has what only over all of them cancels."""
+    shares, inputs, channels = (2500, 1500), 24, 48
+    rows = sum(shares)
+    x = numbers(rows, inputs, 1, 1, seed=0, mean=20.0).to(device, low_precision)
+    x[: shares[0]] += 1
+    weight = numbers(channels, inputs, 1, 1, seed=1, scale=inputs**-0.5).to(device, low_precision)
+    norm = BatchNorm2d(channels).to(device)
+    rest = norm.weight.detach(), norm.bias.detach()
+    leaf = weight.double().requires_grad_()
+    b = F.batch_norm(F.conv2d(x.double(), leaf), None, None, training=True, eps=norm.eps)
+    g = (numbers(rows, channels, 1, 1, seed=2).to(device) + b.detach().tanh()).to(low_precision)
+    (right,) = torch.autograd.grad(b, leaf, g.double())
+
+    parts = list(zip(x.split(shares), g.split(shares), strict=True))
+    ys = [expand.expanded(part, weight) for part, _ in parts]
+    own = [launch.finish_moments(partial, y, norm, 0.0)[0] for y, partial in ys]
+    whole = torch.cat([y for y, _ in ys])
+    statistics = launch.finish_moments(launch.moments(whole), whole, norm, 0.0)
+    affines = [(torch.cat([statistics, mean[None]]), *rest) for mean in own]
+    sums = [launch.norm_sums(y, a, launch.NONE, g, None) for (y, _), a, (_, g) in zip(ys, affines, parts, strict=True)]
+    means = (sums[0] + sums[1]) / rows
+
+    def error() -> Tensor:
+        found = torch.zeros_like(right)
+        for (part, grad), (y, _), affine, of_rank in zip(parts, ys, affines, sums, strict=True):
+            left = expand.sum_over_own_rows(of_rank, affine, means, len(part))
+            _, gradient = expand.gradients(grad, part, weight, y, affine, (means, 1), (False, True), left)
+            assert gradient is not None
+            found += gradient
+        return (found - right).norm() / right.norm()
+
+    ours = error()
+    monkeypatch.setattr(expand, "_TYPES", {})
+    assert ours < 0.03
+    assert ours < 1.1 * error()
 
 
 @pytest.mark.usefixtures("few_programs")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_train.models.efficientnet import MBConv
 from effnet_train.models.fused import functions, launch, layers
@@ -331,6 +332,32 @@ def test_what_is_kept_for_the_backward_pass(device: torch.device) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run_block(block, x, fused=True)
     assert sum(kept.values()) == 2 * 8 * 8 * (8 + 48 + 48 + 8)
+
+
+class Operators(TorchDispatchMode):
+    """Note the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_zeros_are_made_for_moments() -> None:
+    """As gradients that nothing reads they would be a kernel more for each convolution."""
+    with torch.device("meta"):
+        stem = ConvNorm(3, 8, kernel=3, stride=2, style=Style(fused=True)).train()
+        block = MBConv(Stage(3, 1, 6, 8, 8, 1), se_ratio=0.25, rate=0.0, style=Style(fused=True)).train()
+        for part in (stem, block):
+            part.bfloat16()
+        y = block(stem(torch.empty(2, 3, 16, 16, dtype=torch.bfloat16)))
+    with Operators() as operators:
+        y.backward(torch.empty_like(y))
+    assert operators.names.count("traffic") > 8
+    assert not [name for name in operators.names if "zero" in name or "fill" in name]
 
 
 def test_evaluation_takes_the_plain_path(device: torch.device) -> None:

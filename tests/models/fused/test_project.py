@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor, nn
 
 from effnet_train.models.fused import functions, launch, project
@@ -127,6 +128,18 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_beyond_a_sample_may_be_infinite(device: torch.device, dtype: torch.dtype) -> None:
+    """A zero there, normalised, is more than float16 holds where a channel is far from 0 and always the same."""
+    x = torch.full((1, 20, 5, 5), 3000.0, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    statistics = torch.tensor([x.float().mean().item(), 0.0, 1e-3**-0.5], device=device)[:, None].expand(3, 20)
+    affine = statistics.contiguous(), torch.ones(20, device=device), torch.ones(20, device=device)
+    dy = numbers(1, 16, 5, 5, device=device).to(dtype).to(memory_format=torch.channels_last)
+    _, d_matrix = project.sums(x, affine, functions.NONE, None, dy, torch.ones(16, 20, device=device, dtype=dtype))
+    expected = dy.float().sum((0, 2, 3))[:, None].expand(16, 20)
+    torch.testing.assert_close(d_matrix, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_moments_far_from_zero_in_float32(device: torch.device) -> None:
     x = numbers(2, 3, 30, 30, device=device).float().to(memory_format=torch.channels_last)
     statistics = torch.tensor([[0.0], [1.0], [1.0]], device=device).expand(3, 3).contiguous()
@@ -150,6 +163,14 @@ def test_which_products_are_made_here() -> None:
     assert project.fits(half, 112)
     assert not project.fits(half, 192)
     assert not project.fits(single, 16)  # tensor cores would round it
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_registers_are_limited_by_nvidias_compiler_alone(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's raises KeyError for an option that it does not know."""
+    monkeypatch.setattr(project, "NATIVE", tl.constexpr(native))
+    options = project._constants(project.FORWARD[project.MOST_OUTPUTS], 80)
+    assert ("maxnreg" in options) == native
 
 
 @pytest.mark.parametrize("gated", [True, False])
