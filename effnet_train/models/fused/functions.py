@@ -162,7 +162,7 @@ class NormActDepthwise(torch.autograd.Function):
         if narrow is None:
             return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-        own = None if reduce is None else expand.sum_over_own_rows(sums, affine, over_all[0], _rows(x))
+        own = None if reduce is None else sums
         d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed, own)
         return d_narrow, *gradients, None if d_expand is None else d_expand.to(x.dtype).to(expand_type)
 
