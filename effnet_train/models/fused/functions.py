@@ -147,7 +147,9 @@ class NormActDepthwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
         reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
@@ -201,7 +203,9 @@ class NormActProject(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
         gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest
