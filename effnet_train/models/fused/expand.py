@@ -67,12 +67,12 @@ def gradients(
     affine: Sequence[Tensor],
     over_all: tuple[Tensor, int],
     needed: Sequence[bool],
-    sum_of_dy: Tensor | None = None,
+    own_sums: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x and of the weights, where they are needed, from that of BatchNorm's output.
 
-    `y` is what `expanded` returned, `affine` and `over_all` are what `launch.input_gradient` takes. `sum_of_dy` is what
-    `sum_over_own_rows` returns where other ranks share the statistics.
+    `y` is what `expanded` returned, `affine` and `over_all` are what `launch.input_gradient` takes. `own_sums` are
+    BatchNorm's of this rank's rows, where others share its statistics: then there is the mean of these rows, too.
     """
     if not any(needed):
         return None, None
@@ -94,10 +94,11 @@ def gradients(
     launch._launch(expand_kernels.expand_gradients, (programs,), *arguments, **constants)
     if partial is None:
         return dx, None
-    return dx, _weight_gradient(launch.add_rows(partial), weight, (*norm, sum_of_dy), rows, count)
+    own = None if own_sums is None else _sum_over_own_rows(own_sums, affine, sums, rows)
+    return dx, _weight_gradient(launch.add_rows(partial), weight, (*norm, own), rows, count)
 
 
-def sum_over_own_rows(sums: Tensor, affine: Sequence[Tensor], means: Tensor, rows: int) -> Tensor:
+def _sum_over_own_rows(sums: Tensor, affine: Sequence[Tensor], means: Tensor, rows: int) -> Tensor:
     """Return the sum of y's gradient over this rank's rows (C,): it is 0 over those of all ranks alone.
 
     `sums` are BatchNorm's of these rows, `means` (2, C) what became of all ranks', and `affine`'s statistics have the

@@ -147,7 +147,9 @@ class NormActDepthwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, statistics, norm_weight, norm_bias, weight, narrow, lowered = ctx.saved_tensors
         reduce, act, padding, expand_type = ctx.rest
         dy = _channels_last(dy)
@@ -162,7 +164,7 @@ class NormActDepthwise(torch.autograd.Function):
         if narrow is None:
             return launch.input_gradient(x, affine, NONE, dx, *over_all), *gradients, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-        own = None if reduce is None else expand.sum_over_own_rows(sums, affine, over_all[0], _rows(x))
+        own = None if reduce is None else sums
         d_narrow, d_expand = expand.gradients(dx, narrow, lowered, x, affine, over_all, needed, own)
         return d_narrow, *gradients, None if d_expand is None else d_expand.to(x.dtype).to(expand_type)
 
@@ -201,7 +203,9 @@ class NormActProject(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, statistics, norm_weight, norm_bias, weight, *rest = ctx.saved_tensors
         gated, gate_weights = gate.Gate(*rest[:3]), rest[3:]
         reduce, act = ctx.rest

@@ -11,6 +11,7 @@ from effnet_train.models.fused import launch, project_kernels
 from effnet_train.models.fused.norm_kernels import NATIVE
 
 MOST_OUTPUTS = 128  # of a product that is made here: registers hold a row of them for each row of a tile
+MOST_OUTPUTS_BEFORE_AMPERE = 64  # a program has 64 KiB of shared memory there, and needs 80 for more
 MOST_OUTPUTS_WITH_MOMENTS = 64  # as these take as many registers again
 MOST_PROGRAMS = 1024  # that leave a part of a sum
 ROWS_OF_AN_OUTPUT = 16  # of a program, at least: the parts of the matrix's gradient are then an eighth of x, at most
@@ -50,7 +51,12 @@ class _Split(NamedTuple):
 
 def fits(x: Tensor, outputs: int) -> bool:
     """Say whether the product of x's channels is made here; under Triton's interpreter it is in any type."""
-    return outputs <= MOST_OUTPUTS and (x.dtype.itemsize == 2 or x.device.type == "cpu")
+    return outputs <= _most_outputs(x.device) and (x.dtype.itemsize == 2 or x.device.type == "cpu")
+
+
+def _most_outputs(device: torch.device) -> int:
+    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return MOST_OUTPUTS_BEFORE_AMPERE if older else MOST_OUTPUTS
 
 
 def forward(

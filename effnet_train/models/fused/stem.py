@@ -53,8 +53,10 @@ class StemConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Return the weights' gradient."""
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         sizes, programs, constants = _sizes(x, dy, ctx.padding)

@@ -165,6 +165,14 @@ def test_which_products_are_made_here() -> None:
     assert not project.fits(single, 16)  # tensor cores would round it
 
 
+@pytest.mark.parametrize(("capability", "most"), [((7, 5), 64), ((8, 0), 128), ((9, 0), 128)])
+def test_older_gpus_have_less_shared_memory(
+    capability: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert project._most_outputs(torch.device("cuda")) == most
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_registers_are_limited_by_nvidias_compiler_alone(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's raises KeyError for an option that it does not know."""
