@@ -63,19 +63,12 @@ def build_model(cfg: DictConfig | Mapping[str, Any], num_classes: int) -> nn.Mod
     return instantiate(cfg, num_classes=num_classes, _convert_="all")
 
 
-def trained_model(cfg: DictConfig) -> DictConfig:
-    """Return the configuration of the model to train: `fused=auto` is false where something needs the plain layers."""
-    part = cfg.model.copy()
-    if part.get("fused") == "auto" and (cfg.advprop.epsilon or cfg.freeze.batch_norm):
-        part.fused = False
-    return part
-
-
 def meta_model(cfg: DictConfig, num_classes: int, device: torch.device) -> nn.Module:
     """Build the model without numbers, to count with, as it would train on the device: also what `auto` comes to."""
-    part = trained_model(cfg)
+    part = cfg.model.copy()
     if "fused" in part:
-        part.fused = resolve(part.fused, device, compiled=cfg.compile)
+        plain = cfg.advprop.epsilon or cfg.freeze.batch_norm  # see `ConvNorm.fusable`
+        part.fused = not plain and resolve(part.fused, device, compiled=cfg.compile)
     return without_weights(part, num_classes)
 
 

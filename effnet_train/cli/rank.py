@@ -192,7 +192,7 @@ def _state(
     """Build what training changes, and the network to call on each batch; at a run's start, from `init_from`."""
     check_possible(cfg.model.get("fused", False), session.device, compiled=cfg.compile)
     torch.manual_seed(cfg.seed)
-    model = build.build_model(build.trained_model(cfg), len(data.classes))
+    model = build.build_model(cfg.model, len(data.classes))
     if start and cfg.init_from is not None:  # a run that goes on has no more need of it
         weights = build.read_weights(cfg.init_from, session, source=cfg.init_source, key="init_from")
         build.load_into(model, weights, f"init_from={cfg.init_from}", new_classifier=cfg.new_classifier)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from effnet_train.data.backends import FILTERS, Box, Picture, as_picture
 from effnet_train.data.decode import DecodeError
+from effnet_train.kernels import usable
 
 _LONGEST = 100  # times the shorter side: what is scaled as a whole must not be made to fill the memory
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -169,7 +169,7 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     The result is channels-last in memory, as the pixels were.
     """
     mean, std = (_constants(values, images.device) for values in (mean, std))
-    if images.is_cuda and find_spec("triton") is not None:
+    if images.is_cuda and usable():
         from effnet_train.data.pixels_kernel import normalised
 
         return normalised(images, mean, std)

@@ -38,7 +38,8 @@ class MBConv(Block):
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Map as `Block` does; in training by fused kernels, where they run."""
-        if not (self.training and kernels.runs(self.fused, x)):
+        convolutions = [part for part in (self.expand, self.depthwise, self.project) if isinstance(part, ConvNorm)]
+        if not (all(part.fusable for part in convolutions) and kernels.runs(self.fused, x)):
             return super().forward(x, u)
         from effnet_train.models.fused.layers import block
 

@@ -239,13 +239,18 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, D, ceil(H / stride), ceil(W / stride))."""
-        if self.training and kernels.runs(self.fused, x):
+        if self.fusable and kernels.runs(self.fused, x):
             from effnet_train.models.fused.layers import conv_norm
 
             return conv_norm(self, x)
         if self._recomputes(x):
             return norm_swish(self.conv(x), self.norm)
         return super().forward(x)
+
+    @property
+    def fusable(self) -> bool:
+        """Say whether the layer normalises by the batch, in one way: what `models.fused` has kernels for."""
+        return self.norm.training and type(self.norm) is BatchNorm2d
 
     def _recomputes(self, x: Tensor) -> bool:
         """Say whether to keep less in training: on a CPU, where it also is faster; a compiler sees to it itself."""

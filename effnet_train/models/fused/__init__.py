@@ -1,25 +1,21 @@
 """GPU kernels behind the same layers, in Triton, which is imported only where they run.
 
-`fused` is a network's argument: `auto` uses the kernels where it trains on a GPU of the kind that they were measured on
-and Triton is there, `True` insists on it, `False` never does. On a CPU they run under Triton's interpreter alone, which is for tests.
+`fused` is a network's argument: `auto` uses the kernels where it trains on a GPU of the kind that they were measured
+on and Triton can be used, `True` insists on it, `False` never does. On a CPU they run under Triton's interpreter alone,
+which is for tests.
 """
 
 import os
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from effnet_train.kernels import usable
+
 Fused = bool | str
 _MEASURED = (9, 0)  # the least compute capability: an H100's
 CHOICES: tuple[Fused, ...] = ("auto", True, False)
-
-
-@cache
-def installed() -> bool:
-    """Say whether Triton is there."""
-    return find_spec("triton") is not None
 
 
 def check_choice(fused: Fused) -> None:
@@ -34,9 +30,10 @@ def check_possible(fused: Fused, device: torch.device, *, compiled: bool = False
         return
     if compiled:
         raise ValueError("model.fused=true does not go with compile=true, which fuses by itself: set one to false")
-    if not installed():
+    if not usable():
         raise ValueError(
-            "model.fused=true needs Triton, which is not here: pip install triton, or use model.fused=auto or false"
+            "model.fused=true needs Triton and a C compiler, which are not both here: pip install triton, install gcc "
+            "(or name it by CC=), or use model.fused=auto or false"
         )
     if device.type != "cuda" and not _interpreted():
         raise ValueError(
@@ -55,7 +52,7 @@ def runs(fused: Fused, x: Tensor) -> bool:
 def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
     """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
     if fused == "auto":
-        return device.type == "cuda" and not compiled and installed() and _capability(device) >= _MEASURED
+        return device.type == "cuda" and not compiled and usable() and _capability(device) >= _MEASURED
     return bool(fused)
 
 

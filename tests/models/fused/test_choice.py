@@ -41,9 +41,11 @@ def test_insisting_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "installed", lambda: False)
+    monkeypatch.setattr(fused, "usable", lambda: False)
     assert not fused.resolve("auto", CUDA)
-    with pytest.raises(ValueError, match=r"model\.fused=true needs Triton, which is not here: pip install triton"):
+    with pytest.raises(
+        ValueError, match=r"model\.fused=true needs Triton and a C compiler, which are not both here: pip"
+    ):
         fused.check_possible(True, CUDA)
     fused.check_possible("auto", CUDA)
     fused.check_possible(False, CUDA)

@@ -16,6 +16,7 @@ from effnet_train.engine.state import TrainState, no_statistics
 from effnet_train.engine.train import Stepper
 from effnet_train.engine.working_weights import WorkingWeights
 from effnet_train.models.efficientnet import EfficientNet, MBConv
+from effnet_train.models.freezing import Freeze
 from effnet_train.models.fused import launch
 from effnet_train.models.layers import Style
 from effnet_train.models.scaling import Stage
@@ -133,3 +134,14 @@ def test_two_hundred_steps(device: torch.device, precision: str) -> None:
     assert losses[:first] == pytest.approx(expected[:first], rel=1e-3 if precision == "fp32" else 2e-2)
     assert sum(losses[-50:]) / 50 == pytest.approx(sum(expected[-50:]) / 50, rel=0.1)
     assert sum(losses[-50:]) / 50 < 0.8 * losses[0]
+
+
+@pytest.mark.usefixtures("large_blocks")
+def test_what_has_another_batch_norm_is_left_to_the_plain_layers(device: torch.device) -> None:
+    network = EfficientNet(width=0.25, depth=0.25, num_classes=4, fused=True).to(device).train()
+    Freeze(batch_norm=True)(network)
+    images = torch.randn(2, 3, 32, 32, device=device)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network(images).sum().backward()
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
