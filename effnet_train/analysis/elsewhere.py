@@ -3,6 +3,7 @@
 So they are compiled beside one another, and nobody's memory is counted as another's.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -29,13 +30,16 @@ _MEMORY_WAITS = [1.0, 3.0, 10.0, 10.0, 30.0, 30.0]  # seconds, while others that
 class Elsewhere:
     """A case in a process of its own, which ends with this one; `peak` and `path` are there when it is prepared.
 
+    From when it begins it has `wait_s` seconds to get ready, or as many as it takes.
+
     The peak are the bytes that it takes: weights, optimizer, average, activations. On a GPU what its allocator gives
     out or holds for graphs, on a CPU by how much the process grows.
     """
 
-    def __init__(self, case: Case, set_up: Callable[[], object]) -> None:
+    def __init__(self, case: Case, set_up: Callable[[], object], wait_s: float | None = None) -> None:
         self.peak, self.path = 0, PLAIN
         self._case, self._asked = case, False
+        self._wait_s, self._began = wait_s, math.inf
         context = multiprocessing.get_context("spawn")
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._theirs, set_up), daemon=True)
@@ -44,19 +48,26 @@ class Elsewhere:
             self._begin()
 
     def prepared(self) -> float:
-        """Wait until the case can be measured, and return the seconds of a call."""
-        if not self._asked:
+        """Wait until the case can be measured, and return the seconds of a call. Raises TimeoutError."""
+        if math.isinf(self._began):
             self._begin()
+        self.rest()
+        if not self._asked:
+            raise TimeoutError(f"{self._case.name} of {self._case.variant} was not ready in wait_s={self._wait_s:g}")
         once, self.peak, self.path = self._answer()
         return float(once)
 
     def rest(self) -> None:
-        """Wait until the process computes nothing."""
-        if self._asked:
-            self._pipe.poll(None)
+        """Wait until the process computes nothing; one that is not ready in time is ended."""
+        if not self._asked:
+            return
+        left = None if self._wait_s is None else max(0.0, self._began + self._wait_s - time.monotonic())
+        if not self._pipe.poll(left):
+            self.close()
 
     def timed(self, count: int) -> float:
         """Return the seconds of `count` calls."""
+        self._wait_s = None  # it was ready
         self._ask(_repeat, count)
         return float(self._answer())
 
@@ -76,6 +87,7 @@ class Elsewhere:
         self._asked = False
 
     def _begin(self) -> None:
+        self._began = time.monotonic()
         self._process.start()
         self._theirs.close()  # the process alone has it, so that its end is seen
         self._ask(_begin, self._case)

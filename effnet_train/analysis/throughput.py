@@ -1,6 +1,7 @@
 """How fast networks train and evaluate, beside timm's and torchvision's: all in turn."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -229,17 +230,20 @@ def interleaved(
     """Return the seconds of one call of each work in each of `rounds`; in each, all are measured for `seconds` in turn.
 
     So a machine that gets slower does so for all. What comes first (compiling, choosing algorithms) does not count, and
-    `quiet` waits, before the first round, for what else is at work.
+    `quiet` waits, before the first round, for what else is at work. Who is not ready in time is left out.
     """
     counts = {}
     for name, work in works.items():
-        counts[name] = max(1, round(seconds / work.prepared()))
-        told(f"{name} is ready")
+        try:
+            counts[name] = max(1, round(seconds / work.prepared()))
+            told(f"{name} is ready")
+        except TimeoutError as error:
+            warnings.warn(f"{error}: left out", stacklevel=2)
     quiet()
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in counts}
     for number in range(rounds):
-        for name, work in works.items():
-            times[name].append(work.timed(counts[name]) / counts[name])
+        for name, count in counts.items():
+            times[name].append(works[name].timed(count) / count)
         told(f"round {number + 1} of {rounds}")
     return times
 

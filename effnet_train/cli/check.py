@@ -136,6 +136,7 @@ BENCH_SPEED: Mapping[str, Any] = {
     "threads": int | Literal["auto"],
     "rounds": int,
     "seconds": float,
+    "wait_s": float | None,
     **dict.fromkeys(("memory", "kinds"), bool),
     "output": str | None,
 }

@@ -78,14 +78,21 @@ def _compare(cfg: DictConfig, *, training: bool) -> None:
     }
     print(f"copies {capacity.bytes_per_s / 1e9:,.1f} GB/s, products {capacity.flops_per_s / 1e12:,.2f} TFLOP/s")
     set_up = partial(_set_up, config["threads"], precision, device)
-    works = {name: {case.name: Elsewhere(case, set_up) for case in measured} for name, measured in cases.items()}
+    wait = config["wait_s"]
+    works = {name: {case.name: Elsewhere(case, set_up, wait) for case in measured} for name, measured in cases.items()}
     everyone = [work for contenders in works.values() for work in contenders.values()]
     try:
         for name, measured in cases.items():
             rows = _rows(measured, works[name], everyone, config, capacity)
             result["rows"] += rows
-            print(_table(name, rows), flush=True)
-            write_results(file, result)  # the next variant may fail, or find no time
+            if rows:
+                print(_table(name, rows), flush=True)
+            write_results(file, result)  # what follows may fail, or find no time
+            if config["kinds"]:
+                _add_kinds(rows, works[name])
+                write_results(file, result)
+            for work in works[name].values():
+                work.close()
     finally:
         for work in everyone:
             work.close()
@@ -182,7 +189,9 @@ def _rows(
         told=_told,
         quiet=partial(elsewhere.rest, everyone),
     )
-    reference = _REFERENCE if _REFERENCE in times else first.name
+    if not times:
+        return []
+    reference = _REFERENCE if _REFERENCE in times else next(iter(times))
     faster = throughput.ratios(times, reference)
     with torch.device("meta"):
         model = EfficientNet(**first.config)
@@ -192,6 +201,8 @@ def _rows(
     )
     rows = []
     for case in cases:
+        if case.name not in times:
+            continue
         seconds = median(times[case.name])
         row = {
             "variant": case.variant,
@@ -205,13 +216,21 @@ def _rows(
             "peak_mib": round(works[case.name].peak / 2**20, 1) if config["memory"] else None,
             "floor": {"flops": least.flops, "bytes": least.bytes, "ms": round(1000 * least.seconds, 3)},
             "times_floor": round(seconds / least.seconds, 2),
-            # A graph hides which layer started a kernel.
-            "kinds": works[case.name].kinds() if config["kinds"] and case.mode != "graph" else None,
+            "kinds": None,
             "runs_ms": [round(1000 * value, 3) for value in times[case.name]],
         }
-        works[case.name].close()
         rows.append(row)
     return rows
+
+
+def _add_kinds(rows: Sequence[dict[str, Any]], works: Mapping[str, "Elsewhere"]) -> None:
+    """Measure where the time of each goes, print it, and put it into its row."""
+    for row in rows:
+        if row["name"].endswith(", graph"):  # which hides what layer started a kernel
+            continue
+        row["kinds"] = works[row["name"]].kinds()
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in row["kinds"].items() if share >= 0.01)
+        print(f"  {row['name']}: {shares}", flush=True)
 
 
 def _set_up(threads: Any, precision: str, device: str) -> None:
@@ -230,7 +249,7 @@ def _told(text: str) -> None:
 
 
 def _table(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the measurements of one variant for reading, and where the time goes."""
+    """Return the measurements of one variant for reading."""
     first = rows[0]
     title = f"{variant} at {first['resolution']}, batch {first['batch_size']}, {first['precision']}"
     lines = [f"{title:34} {'ms':>9} {'images/s':>9} {'x ' + first['reference']:>8} {'MiB':>8} {'x floor':>8}"]
@@ -245,8 +264,4 @@ def _table(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines.append(
         f"  {'floor':32} {floor['ms']:9,.2f}   {floor['flops'] / 1e9:,.1f} GFLOP, {floor['bytes'] / 1e6:,.1f} MB"
     )
-    for row in rows:
-        if row["kinds"]:
-            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in row["kinds"].items() if share >= 0.01)
-            lines.append(f"  {row['name']}: {shares}")
     return "\n".join(lines)

@@ -153,3 +153,15 @@ def test_where_others_have_the_memory_it_is_tried_again(monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError):
         elsewhere._prepared(Crowded(lambda: None, "cuda"))
     assert len(calls) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_who_takes_too_long_is_ended(mode: str):
+    work = Elsewhere(replace(CASE, mode=mode), partial(time.sleep, 600), wait_s=0.5)
+    if mode == "compiled":
+        rest([work])  # what waits for others ends it, too
+    with pytest.raises(TimeoutError, match=r"of b0 was not ready in wait_s=0\.5"):
+        work.prepared()
+    assert not work._process.is_alive()
+    work.close()

@@ -38,6 +38,18 @@ def test_all_are_measured_in_turn_and_ratios_are_within_a_round(monkeypatch):
     assert throughput.ratios(drifting, "timm")["ours"] == 2.0
 
 
+def test_who_is_not_ready_in_time_is_left_out():
+    class Late(Work):
+        def prepared(self):
+            raise TimeoutError("timm, compiled of b4 was not ready in wait_s=5")
+
+    works = {"ours": Work(lambda: None, "cpu"), "timm, compiled": Late(lambda: None, "cpu")}
+    with pytest.warns(UserWarning, match="timm, compiled of b4 was not ready in wait_s=5: left out"):
+        times = throughput.interleaved(works, rounds=2, seconds=0.001)
+    assert list(times) == ["ours"]
+    assert len(times["ours"]) == 2
+
+
 def test_a_graph_is_captured_before_time_is_taken():
     eager, capture = graph._EAGER_STEPS, 1
     assert throughput._FIRST_CALLS["cuda"] > eager + capture  # the last of them says how long a call takes

@@ -54,13 +54,14 @@ def test_memory_and_precision(cli, tmp_path):
     assert row["kinds"] is None
 
 
-def test_what_is_measured_is_kept_when_the_next_fails_and_nobody_is_left(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kinds", ["kinds=false", "kinds=true"])
+def test_what_is_measured_is_kept_when_the_next_fails_and_nobody_is_left(cli, tmp_path, monkeypatch, kinds):
     closed = set()
 
     class Contender:
         path, peak = "plain", 0
 
-        def __init__(self, case, _):
+        def __init__(self, case, set_up, wait_s):
             self.case = case
 
         def prepared(self):
@@ -74,11 +75,14 @@ def test_what_is_measured_is_kept_when_the_next_fails_and_nobody_is_left(cli, tm
         def timed(self, count):
             return 0.1 * count
 
+        def kinds(self):
+            raise ChildProcessError("it died")
+
         def close(self):
             closed.add(self.case.name + self.case.variant)
 
     monkeypatch.setattr(elsewhere, "Elsewhere", Contender)
-    found = cli("bench", "train", "models=[nano,b0]", *TINY, "kinds=false", "output=out.json")
+    found = cli("bench", "train", "models=[nano,b0]", *TINY, kinds, "output=out.json")
     assert (found.status, "it died" in found.err) == (2, True)
     assert [row["variant"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["nano"]
     assert closed == {"oursnano", "oursb0", "timmb0", "torchvisionb0"}
