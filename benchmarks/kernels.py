@@ -103,7 +103,7 @@ def compiled(variant: str, batch: int, size: int, of: int, number: int) -> int:
     share = list(calls(variant, batch, size))[number::of]
     for kernel, grid, arguments, constants in map(_RECORDED.__getitem__, share):
         options = {"num_warps": launch._WARPS, **constants}
-        kernel.warmup(*launch._specialised(kernel, arguments), grid=grid, **options, ACC=launch.norm_kernels.tl.float32)
+        kernel.warmup(*launch._specialised(kernel, arguments), grid=grid, **options, ACC=launch.tl.float32)
     return len(share)
 
 

@@ -13,7 +13,7 @@ are (C, K * K).
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import activated, affine, place, slope, store_moments, track
+from effnet_train.models.fused.common_kernels import activated, affine, place, slope, store_moments, track
 
 ROWS_AHEAD = tl.constexpr(2)
 UNROLLED = tl.constexpr(2)  # rows in a turn of a loop, between which what is begun moves from register to register

@@ -15,7 +15,7 @@ there are any.
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import channel, counts, place, store_moments
+from effnet_train.models.fused.common_kernels import channel, counts, place, store_moments
 
 
 @triton.jit

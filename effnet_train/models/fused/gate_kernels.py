@@ -9,7 +9,7 @@ S squeezed channels; BN, BC and BS are blocks of these, of 16 at least as produc
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import activated, slope
+from effnet_train.models.fused.common_kernels import activated, slope
 
 
 @triton.jit

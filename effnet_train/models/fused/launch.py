@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from effnet_train.models.fused import depthwise_kernels, norm_kernels
@@ -52,6 +53,13 @@ def _(tensors: Sequence[Tensor]) -> None:
     pass
 
 
+def autocast_type(x: Tensor) -> torch.dtype:
+    """Return the type that autocast would have a convolution of x compute in."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     """Return what is computed in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -64,7 +72,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         traffic(tensors)
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    acc = norm_kernels.tl.float64 if wide else norm_kernels.tl.float32
+    acc = tl.float64 if wide else tl.float32
     kernel[grid](*_specialised(kernel, arguments), **{"num_warps": _WARPS, **constants}, ACC=acc)
 
 
@@ -77,7 +85,7 @@ def _specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     channels = arguments[place]
     if channels % 16 == 0:
         return arguments
-    return *arguments[:place], norm_kernels.tl.constexpr(channels), *arguments[place + 1 :]
+    return *arguments[:place], tl.constexpr(channels), *arguments[place + 1 :]
 
 
 def _columns(channels: int, most: int) -> int:

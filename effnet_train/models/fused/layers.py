@@ -1,11 +1,10 @@
 """The layers of `models.layers` and the block of EfficientNet, in training, by the functions of `fused`."""
 
-import torch
 from torch import Tensor, nn
 
 from effnet_train.models.fused import stem
 from effnet_train.models.fused.functions import NormAct, NormActDepthwise, NormActProject
-from effnet_train.models.fused.launch import NONE, Padding
+from effnet_train.models.fused.launch import NONE, Padding, autocast_type
 from effnet_train.models.layers import ACTIVATIONS, Conv2d, ConvNorm, SqueezeExcite
 
 
@@ -48,7 +47,7 @@ def block(
     if isinstance(expand, ConvNorm):
         norm = expand.norm
         rest = norm.weight, norm.bias, weight, norm, act, place, expand.conv.weight
-        y, moments = NormActDepthwise.apply(autocast(x), *rest)
+        y, moments = NormActDepthwise.apply(x.to(autocast_type(x)), *rest)
     else:
         y, moments = NormActDepthwise.apply(x, None, None, weight, None, act, place)
     norm = depthwise.norm
@@ -59,13 +58,6 @@ def block(
     )
     y, moments = NormActProject.apply(y, moments, norm.weight, norm.bias, project.conv.weight, norm, act, *gate)
     return norm_act(project, y, moments=moments, residual=x if skip else None, u=u if rate > 0 else None, rate=rate)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """Return x in the type that autocast has convolutions computed in."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if on and x.dtype != torch.float64 else x
 
 
 def padding(conv: Conv2d, x: Tensor) -> Padding:

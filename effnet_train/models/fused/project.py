@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_train.models.fused import launch, project_kernels
-from effnet_train.models.fused.norm_kernels import NATIVE
+from effnet_train.models.fused.common_kernels import NATIVE
 
 MOST_OUTPUTS = 128  # of a product that is made here: registers hold a row of them for each row of a tile
 MOST_OUTPUTS_BEFORE_AMPERE = 64  # a program has 64 KiB of shared memory there, and needs 80 for more

@@ -10,7 +10,7 @@ atomically.
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import NATIVE, activated, affine, channel, place, sigmoid, slope
+from effnet_train.models.fused.common_kernels import NATIVE, activated, affine, channel, place, sigmoid, slope
 
 
 @triton.jit

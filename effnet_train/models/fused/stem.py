@@ -21,14 +21,8 @@ def fits(conv: Conv2d, x: Tensor) -> bool:
     """Say whether the kernels compute this convolution: in half precision, and without a gradient of its input."""
     seen = conv.kernel_size[0] ** 2 * conv.in_channels
     few = conv.groups == 1 and conv.bias is None and seen <= _SEEN and conv.out_channels <= _MOST_CHANNELS
-    half = computed_in(x) in (torch.bfloat16, torch.float16) or x.device.type == "cpu"
+    half = launch.autocast_type(x) in (torch.bfloat16, torch.float16) or x.device.type == "cpu"
     return few and half and not x.requires_grad
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """Return the type that autocast would have a convolution of x compute in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 class StemConv(torch.autograd.Function):
@@ -40,7 +34,7 @@ class StemConv(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         height, width = (math.ceil(side / padding.stride) for side in x.shape[2:])
         channels = weight.shape[0]
-        y = x.new_empty(x.shape[0], height, width, channels, dtype=computed_in(x)).permute(0, 3, 1, 2)
+        y = x.new_empty(x.shape[0], height, width, channels, dtype=launch.autocast_type(x)).permute(0, 3, 1, 2)
         sizes, programs, constants = _sizes(x, y, padding)
         partial = y.new_empty(3, programs, channels, dtype=launch.accumulator(y))
         rows = weight.to(y.dtype).permute(0, 2, 3, 1).reshape(channels, -1)

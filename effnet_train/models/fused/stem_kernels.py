@@ -7,7 +7,7 @@ a power of two. As in `norm_kernels`, nothing is added atomically.
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.norm_kernels import counts, place, store_moments
+from effnet_train.models.fused.common_kernels import counts, place, store_moments
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def record(calls: dict[str, Call], kernel: Any, *arguments: Any, **constants: An
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     options.setdefault("num_warps", launch._WARPS)
     signature, attributes = {}, {}
-    known = {**constants, "ACC": launch.norm_kernels.tl.float32}
+    known = {**constants, "ACC": launch.tl.float32}
     arguments = launch._specialised(kernel, arguments)
     for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         if isinstance(value, torch.Tensor):

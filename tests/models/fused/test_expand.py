@@ -241,8 +241,8 @@ def test_what_the_kernels_expand_on_a_gpu(
 
 def test_autocast_chooses_the_type(device: torch.device) -> None:
     x = torch.zeros(1, device=device)
-    assert layers.autocast(x).dtype == torch.float32
+    assert launch.autocast_type(x) == torch.float32
     with torch.autocast(device.type, torch.bfloat16):
-        assert layers.autocast(x).dtype == torch.bfloat16
-        assert layers.autocast(x.double()).dtype == torch.float64
-        assert layers.autocast(torch.zeros(1, device="meta")).dtype == torch.float32
+        assert launch.autocast_type(x) == torch.bfloat16
+        assert launch.autocast_type(x.double()) == torch.float64
+        assert launch.autocast_type(torch.zeros(1, device="meta")) == torch.float32
