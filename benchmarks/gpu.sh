@@ -42,7 +42,7 @@ bench() { # name, seconds, words
 
 modes=eager own=eager
 if [ "$DEVICE" = cuda ]; then
-    modes=compiled,reduce-overhead own=fused,graph
+    modes=compiled own=fused,graph # reduce-overhead, which has CUDA graphs, would be compiled once more: minutes
     step tests 120 "$PYTHON" -m pytest -v -n 8 --tb=short -m 'gpu and not slow' -p no:benchmark \
         tests/models/fused tests/engine/test_graph.py
     step compile 60 "$PYTHON" benchmarks/kernels.py --variant b0 --compile "$(nproc)"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effnet_train.models.efficientnet import MBConv
-from effnet_train.models.fused import expand, functions, launch, layers
+from effnet_train.models.fused import expand, functions, launch
 from effnet_train.models.layers import BatchNorm2d, Style
 from effnet_train.models.scaling import Stage
 
