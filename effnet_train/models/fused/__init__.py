@@ -52,12 +52,13 @@ def runs(fused: Fused, x: Tensor) -> bool:
 def resolve(fused: Fused, device: torch.device, *, compiled: bool = False) -> bool:
     """Return what `fused` comes to on a device: `auto` leaves a compiled network to its compiler."""
     if fused == "auto":
-        return device.type == "cuda" and not compiled and usable() and _capability(device) >= _MEASURED
+        return device.type == "cuda" and not compiled and usable() and capability(device) >= _MEASURED
     return bool(fused)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's compute capability."""
     return torch.cuda.get_device_capability(device)
 
 

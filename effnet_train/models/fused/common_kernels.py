@@ -89,8 +89,15 @@ def track(value, mask, begins, origin, plain, square):
     As the first, where it `begins`, is among those that are counted, the variance loses no digits wherever they lie.
     """
     origin = tl.where(begins, value, origin)
+    plain, square = deviations(value, mask, origin, plain, square)
+    return origin, plain, square
+
+
+@triton.jit
+def deviations(value, mask, origin, plain, square):
+    """Take `value` into running sums of its distance from `origin`, and of that squared, element by element."""
     apart = tl.where(mask, value - origin, 0.0)
-    return origin, plain + apart, square + apart * apart
+    return plain + apart, square + apart * apart
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effnet_train.models import fused
 from effnet_train.models.fused import expand_kernels, launch
 
 # What is expanded by the kernels: on a CPU, under the interpreter, what tests are exact in.
@@ -37,7 +38,7 @@ def _fits(x: Tensor) -> bool:
 
 def _sums_fit(x: Tensor, channels: int) -> bool:
     """Say whether the gradients' sums stay in registers: products of other GPUs than Hopper's have operands there."""
-    hopper = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] == 9
+    hopper = x.device.type != "cuda" or fused.capability(x.device)[0] == 9
     return _fits(x) and channels <= _MOST_OUTPUTS and hopper
 
 
@@ -49,10 +50,10 @@ def expanded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     samples, inputs, height, width = x.shape
     rows, channels = samples * height * width, weight.shape[0]
     y = x.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
-    filled = max(16, _power_above(inputs - 1))
+    filled = launch.filled(inputs)
     constants = {"K": inputs, "BK": filled, **_FORWARD[filled]}
     blocks = math.ceil(channels / constants["BC"])
-    programs, chunk = _shares(rows, constants["BM"], _FORWARD_PROGRAMS // blocks)
+    programs, chunk = launch.shares(rows, constants["BM"], _FORWARD_PROGRAMS // blocks)
     partial = x.new_empty(3, programs, channels, dtype=launch.accumulator(x))
     arguments = (x, _matrix(weight), y, partial, rows, channels, chunk, programs)
     launch._launch(expand_kernels.expand, (programs * blocks,), *arguments, **constants)
@@ -81,10 +82,10 @@ def gradients(
         rest = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needed, False])
         return torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)[:2]
     (channels, inputs), (statistics, norm_weight, _), (sums, count) = weight.shape[:2], affine, over_all
-    filled = max(32, _power_above(inputs))
+    filled = max(32, launch.filled(inputs + 1))
     constants = {"K": inputs, "BK": filled, **_BACKWARD[filled]}
     rows = x.numel() // inputs
-    programs, chunk = _shares(rows, constants["BM"], _BACKWARD_PROGRAMS[filled])
+    programs, chunk = launch.shares(rows, constants["BM"], _BACKWARD_PROGRAMS[filled])
     dx = torch.empty_like(x) if needed[0] else None
     products = (channels + inputs + 1) * (inputs + 1)
     partial = x.new_empty(1, programs, products, dtype=launch.accumulator(x)) if needed[1] else None
@@ -113,7 +114,7 @@ def _sum_over_own_rows(sums: Tensor, affine: Sequence[Tensor], means: Tensor, ro
 def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor | None], rows: int, count: int) -> Tensor:
     channels, inputs = weight.shape[:2]
     out = products.new_empty(weight.shape)
-    constants = {"K": inputs, "BK": _power_above(inputs), "BC": 16}
+    constants = {"K": inputs, "BK": launch.filled(inputs + 1), "BC": 16}
     arguments = (products, _matrix(weight), *norm, out, channels, rows, count)
     launch._launch(expand_kernels.expand_weight_gradient, (math.ceil(channels / 16),), *arguments, **constants)
     return out
@@ -121,15 +122,3 @@ def _weight_gradient(products: Tensor, weight: Tensor, norm: Sequence[Tensor | N
 
 def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1).contiguous()
-
-
-def _power_above(number: int) -> int:
-    """Return the least power of two above a number."""
-    return 1 << number.bit_length()
-
-
-def _shares(rows: int, block: int, most: int) -> tuple[int, int]:
-    """Divide rows among at most so many programs: their number, and the rows of each, a multiple of `block`."""
-    tiles = math.ceil(rows / block)
-    chunk = math.ceil(tiles / min(tiles, most)) * block
-    return math.ceil(rows / chunk), chunk

@@ -15,7 +15,7 @@ there are any.
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.common_kernels import channel, counts, place, store_moments
+from effnet_train.models.fused.common_kernels import channel, counts, deviations, place, store_moments
 
 
 @triton.jit
@@ -75,9 +75,7 @@ def expand(
         at = rows.to(tl.int64) * C + cols[None, :]
         tl.store(y + at, stored, mask=(rows < stop) & (cols[None, :] < C))
         # Of what was stored, not of what was computed: that is what will be normalised.
-        apart = tl.where(rows < stop, stored.to(ACC) - origin, 0.0)
-        plain += apart
-        square += apart * apart
+        plain, square = deviations(stored.to(ACC), rows < stop, origin, plain, square)
     count = counts(start, stop, ACC, BM)
     store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 

@@ -24,23 +24,19 @@ def _statistics(x: Tensor, norm: BatchNorm2d, partial: Tensor | None = None) -> 
     Where there are other ranks, the mean of x alone comes after them, (4, C).
     Raises ValueError for a single value a channel, as the plain layer does.
     """
-    if norm.reduce_statistics is None and _rows(x) == 1:
+    if norm.reduce_statistics is None and launch._rows(x) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     partial = launch.moments(x) if partial is None else partial
     if norm.reduce_statistics is None:
         return launch.finish_moments(partial, x, norm, norm.momentum)
     own_mean, variance, _ = launch.finish_moments(partial, x, norm, 0.0)
-    moments = torch.cat([own_mean, variance + own_mean.square(), own_mean.new_ones(1)]) * _rows(x)
+    moments = torch.cat([own_mean, variance + own_mean.square(), own_mean.new_ones(1)]) * launch._rows(x)
     total = norm.reduce_statistics(moments)
     mean, square = (total[:-1] / total[-1]).chunk(2)
     variance = (square - mean.square()).clamp(min=0)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
     return torch.stack([mean, variance, (variance + norm.eps).rsqrt(), own_mean])
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[1]
 
 
 def _pixels(x: Tensor) -> int:
@@ -50,8 +46,8 @@ def _pixels(x: Tensor) -> int:
 def _over_all(sums: Tensor, x: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
     """Return BatchNorm's sums over all rows that share its statistics, and the number of these; or means, and 1."""
     if reduce is None:
-        return sums, _rows(x)
-    total = reduce(torch.cat([sums.flatten(), sums.new_full((1,), _rows(x))]))
+        return sums, launch._rows(x)
+    total = reduce(torch.cat([sums.flatten(), sums.new_full((1,), launch._rows(x))]))
     return (total[:-1] / total[-1]).view_as(sums), 1
 
 

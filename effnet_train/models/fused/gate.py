@@ -84,7 +84,7 @@ def backward(
     sums = partial.new_empty(2, channels)
     # Rounded as those of layers that autocast casts.
     gradients = tuple(gate.means.new_empty(weight.shape) for weight in weights)
-    narrow = _blocks(*sizes[1:], most=32) | {"BN": _block(samples, 64), "BR": _block(grid[0], grid[0])}
+    narrow = _blocks(*sizes[1:], most=32) | {"BN": launch.filled(min(samples, 64)), "BR": launch.filled(grid[0])}
     launch._launch(
         gate_kernels.parameter_gradients,
         (math.ceil(channels / narrow["BC"]), math.ceil(sizes[2] / narrow["BS"])),
@@ -101,20 +101,15 @@ def _few(partial: Tensor) -> Tensor:
     return partial if splits <= _PARTS else launch.add_rows(partial.flatten(0, -3)).view(*outer, 1, channels)
 
 
-def _block(size: int, most: int) -> int:
-    """Return the least power of two that holds `size`, 16 or above, but not above that of `most`."""
-    return max(16, 1 << (min(size, most) - 1).bit_length())
-
-
 def _blocks(channels: int, squeezed: int, most: int = 64) -> dict[str, int]:
-    return {"BN": _SAMPLES, "BC": _block(channels, most), "BS": _block(squeezed, 64), "num_warps": _WARPS}
+    columns, own = launch.filled(min(channels, most)), launch.filled(min(squeezed, 64))
+    return {"BN": _SAMPLES, "BC": columns, "BS": own, "num_warps": _WARPS}
 
 
 def _chunks(channels: int, block: int) -> tuple[int, int]:
     """Return how many channels a program contracts over, a multiple of `block`, and the number of such parts."""
-    tiles = math.ceil(channels / block)
-    chunk = math.ceil(tiles / _PARTS) * block
-    return chunk, math.ceil(channels / chunk)
+    parts, chunk = launch.shares(channels, block, _PARTS)
+    return chunk, parts
 
 
 def _contraction_grid(sizes: tuple[int, ...], parts: int, blocks: dict[str, int]) -> tuple[int, int]:

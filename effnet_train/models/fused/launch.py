@@ -120,12 +120,22 @@ def _block(channels: int, kind: str | int) -> tuple[int, int, int]:
     return max(1, _NUMBERS.get(kind, 1) * 32 * warps // columns), columns, warps
 
 
+def shares(rows: int, block: int, most: int) -> tuple[int, int]:
+    """Divide rows among at most so many programs: their number, and the rows of each, a multiple of `block`."""
+    tiles = math.ceil(rows / block)
+    chunk = math.ceil(tiles / min(tiles, max(1, most))) * block
+    return math.ceil(rows / chunk), chunk
+
+
+def filled(size: int) -> int:
+    """Return the least power of two that holds `size`, 16 or above: of so many a product's block is."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _split(rows: int, channels: int, *, kind: str | int = "sums", most: int | None = None) -> _Split:
     block, columns, warps = _block(channels, kind)
-    tiles = math.ceil(rows / block)
-    programs = min(tiles, _MOST_PARTS, max(1, (most or _PROGRAMS) // math.ceil(channels / columns)))
-    chunk = math.ceil(tiles / programs) * block
-    return _Split(math.ceil(rows / chunk), chunk, block, columns, warps)
+    programs = (most or _PROGRAMS) // math.ceil(channels / columns)
+    return _Split(*shares(rows, block, min(_MOST_PARTS, programs)), block, columns, warps)
 
 
 def _columns_of(
@@ -141,10 +151,8 @@ def _columns_of(
 def _sample_split(samples: int, pixels: int, channels: int, *, kind: str = "sums") -> _Split:
     """Divide the pixels of each sample; `programs` is of one sample."""
     block, columns, warps = _block(channels, kind)
-    tiles = math.ceil(pixels / block)
-    programs = min(tiles, max(1, _PROGRAMS // (samples * math.ceil(channels / columns))))
-    chunk = math.ceil(tiles / programs) * block
-    return _Split(math.ceil(pixels / chunk), chunk, block, columns, warps)
+    programs = _PROGRAMS // (samples * math.ceil(channels / columns))
+    return _Split(*shares(pixels, block, programs), block, columns, warps)
 
 
 def _grid(split: _Split, channels: int, samples: int = 1) -> tuple[int]:
@@ -165,7 +173,7 @@ def _at_once(rows: int) -> dict[str, Any]:
 
     To read them in turns would take a wait for memory each.
     """
-    block = max(16, 1 << (rows - 1).bit_length())
+    block = filled(rows)
     return {"BR": block, "BC": 16, "num_warps": max(1, min(16, block // 32))}
 
 

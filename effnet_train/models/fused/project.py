@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_train.models import fused
 from effnet_train.models.fused import launch, project_kernels
 from effnet_train.models.fused.common_kernels import NATIVE
 
@@ -55,7 +56,7 @@ def fits(x: Tensor, outputs: int) -> bool:
 
 
 def _most_outputs(device: torch.device) -> int:
-    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    older = device.type == "cuda" and fused.capability(device) < (8, 0)
     return MOST_OUTPUTS_BEFORE_AMPERE if older else MOST_OUTPUTS
 
 
@@ -70,8 +71,7 @@ def forward(
     samples, pixels = _samples(x, gate)
     blocks = _blocks(FORWARD, outputs)
     tiles = samples * math.ceil(pixels / blocks.rows)
-    chunk = math.ceil(tiles / launch._MOST_PARTS)
-    programs = math.ceil(tiles / chunk)
+    programs, chunk = launch.shares(tiles, 1, launch._MOST_PARTS)
     y = x.new_empty(x.shape[0], *x.shape[2:], outputs).permute(0, 3, 1, 2)
     partial = None
     if outputs <= MOST_OUTPUTS_WITH_MOMENTS:
@@ -141,11 +141,9 @@ def _blocks(kinds: Mapping[int, Blocks], outputs: int) -> Blocks:
 
 def _split(samples: int, pixels: int, rows: int, blocks: int, outputs: int) -> _Split:
     """Divide samples into tiles of so many rows; a program takes one of `blocks` of channels."""
-    tiles = math.ceil(pixels / rows)
     least = samples * pixels // (ROWS_OF_AN_OUTPUT * outputs)
     wanted = max(1, min(MOST_PROGRAMS, launch._PROGRAMS // blocks, least))
-    chunk = math.ceil(tiles / max(1, min(tiles, wanted // samples))) * rows
-    splits = math.ceil(pixels / chunk)
+    splits, chunk = launch.shares(pixels, rows, wanted // samples)
     group = math.ceil(samples / wanted)
     return _Split(splits, chunk, group, math.ceil(samples * splits / group))
 
@@ -155,7 +153,7 @@ def _constants(blocks: Blocks, outputs: int) -> dict[str, Any]:
         "D": outputs,
         "BM": blocks.rows,
         "BC": blocks.columns,
-        "BD": max(16, 1 << (outputs - 1).bit_length()),
+        "BD": launch.filled(outputs),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         # An option of Nvidia's compiler alone: AMD's refuses it.

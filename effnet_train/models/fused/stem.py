@@ -64,8 +64,7 @@ class StemConv(torch.autograd.Function):
 
 def _sizes(x: Tensor, y: Tensor, padding: Padding) -> tuple[tuple[int, ...], int, dict[str, int]]:
     rows, channels = launch._rows(y), y.shape[1]
-    chunk = math.ceil(math.ceil(rows / _BLOCK) / _PROGRAMS) * _BLOCK
+    programs, chunk = launch.shares(rows, _BLOCK, _PROGRAMS)
     sizes = (rows, channels, *launch._geometry(x, y, padding), chunk)
-    columns = max(16, 2 ** math.ceil(math.log2(channels)))
     constants = {"K": padding.kernel, "STRIDE": padding.stride, "CIN": x.shape[1]}
-    return sizes, math.ceil(rows / chunk), {**constants, "BM": _BLOCK, "BC": columns, "BK": _SEEN}
+    return sizes, programs, {**constants, "BM": _BLOCK, "BC": launch.filled(channels), "BK": _SEEN}

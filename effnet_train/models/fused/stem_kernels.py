@@ -7,7 +7,7 @@ a power of two. As in `norm_kernels`, nothing is added atomically.
 import triton
 import triton.language as tl
 
-from effnet_train.models.fused.common_kernels import counts, place, store_moments
+from effnet_train.models.fused.common_kernels import counts, deviations, place, store_moments
 
 
 @triton.jit
@@ -81,9 +81,7 @@ def forward(
         stored = tl.dot(seen.to(w.dtype), w, out_dtype=ACC, input_precision="ieee").to(y.dtype.element_ty)
         tl.store(y + rows.to(tl.int64) * C + cols[None, :], stored, mask=(rows < stop) & (cols[None, :] < C))
         # Of what was stored, not of what was computed: that is what will be normalised.
-        apart = tl.where(rows < stop, stored.to(ACC) - origin, 0.0)
-        plain += apart
-        square += apart * apart
+        plain, square = deviations(stored.to(ACC), rows < stop, origin, plain, square)
     count = counts(start, stop, ACC, BM)
     store_moments(partial, count, origin, plain, square, cols, C, program, programs)
 

@@ -11,7 +11,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused, "capability", lambda device: (9, 0))
 
 
 def test_auto_is_for_training_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_auto_is_for_training_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused.resolve("auto", CPU)
     assert fused.resolve(True, CPU)
     assert not fused.resolve(False, CUDA)
-    monkeypatch.setattr(fused, "_capability", lambda device: (8, 9))  # where nobody has measured
+    monkeypatch.setattr(fused, "capability", lambda device: (8, 9))  # where nobody has measured
     assert not fused.resolve("auto", CUDA)
     assert fused.resolve(True, CUDA)
 

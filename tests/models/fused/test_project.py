@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor, nn
 
+from effnet_train.models import fused as kernels
 from effnet_train.models.fused import functions, launch, project
 from effnet_train.models.layers import ACTIVATIONS, BatchNorm2d, Conv2d, SqueezeExcite, Style
 
@@ -169,7 +170,7 @@ def test_which_products_are_made_here() -> None:
 def test_older_gpus_have_less_shared_memory(
     capability: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "capability", lambda _: capability)
     assert project._most_outputs(torch.device("cuda")) == most
 
 
